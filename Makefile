@@ -1,0 +1,67 @@
+# One runner (weightsum_lib.run) decides by content what is to be done; make only sets up and calls it.
+PROFILE ?= quick
+DATA_DIR ?=
+SEEDS ?=
+DEVICE ?=
+PYTHON ?= python3
+VENV ?= .venv
+
+PY := $(VENV)/bin/python
+# named after the content of what it was installed from, so that a touch installs nothing
+INSTALLED := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
+RUN = $(PY) -m weightsum_lib.run
+OPTIONS = --profile "$(PROFILE)" --data-dir "$(DATA_DIR)" --seeds "$(SEEDS)" --device "$(DEVICE)"
+
+.DEFAULT_GOAL := help
+.PHONY: help all setup notebooks book lab test lock clean
+
+help:  ## Print this help.
+	@echo "make TARGET [PROFILE=smoke|quick|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda]"
+	@echo
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PROFILE   smoke: seconds, for tests; quick (default): a laptop; full: one GPU, real data only;"
+	@echo "            published: the stored run of the report, for 'make book' only"
+	@echo "  DATA_DIR  folder of the prepared datasets (default: data)"
+	@echo "  SEEDS     seeds of each method, for intervals"
+	@echo "  DEVICE    cpu or cuda (default: cuda where there is one)"
+
+all: setup  ## Set up, run the notebooks of PROFILE, build the report, say where it is.
+	@$(RUN) all $(OPTIONS)
+
+setup: $(INSTALLED)  ## Make .venv with the locked packages.
+
+$(INSTALLED): | $(VENV)/bin/python
+	@echo "installing the locked packages into $(VENV) (a few minutes, once)"
+	@$(PY) -m pip install -q --disable-pip-version-check -r requirements.lock
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps -e .
+	@rm -f $(VENV)/installed-*
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed; name one: make all PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+notebooks: setup  ## Run the notebooks of PROFILE, but for those that nothing has changed for.
+	@$(RUN) notebooks $(OPTIONS)
+
+book: setup  ## Build the report from what has been run (also PROFILE=published: no training).
+	@$(RUN) book $(OPTIONS)
+
+lab: setup  ## Open JupyterLab on the paired notebooks.
+	@$(PY) -m jupytext --quiet --sync notebooks/*.py
+	@$(PY) -m jupyterlab notebooks
+
+test: setup  ## Check the style and run the tests.
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m pytest
+
+lock: setup  ## Resolve the newest packages into requirements.lock, for Linux, macOS and Windows.
+	@$(PY) -m pip install -q --disable-pip-version-check uv
+	@$(PY) -m uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --upgrade -q \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" -o requirements.lock
+
+clean:  ## Delete the built report (results and trained networks stay).
+	@rm -rf book/_build

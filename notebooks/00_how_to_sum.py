@@ -1,0 +1,229 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # How do I sum two networks' weights?
+#
+# The question as it was posted, in short: *one VGG16-like network is trained on MNIST, one of the same architecture on
+# CIFAR-10; a third, `modelcombo`, has the sum of their weights, layer by layer, and is trained some more on MNIST. The
+# loss is CE(MNIST) + CE(CIFAR-10) + a third term, "CrossEntropy([MNIST+CIFAR10] − MNIST)". Is this a good idea? Is it a
+# multi-input network, or weight sharing? How do I sum the weights? Are there similar examples? I think of it as
+# meta-learning.*
+#
+# | asked | answer | where |
+# |---|---|---|
+# | How do I sum the weights? | `WeightSum([a, b])`: the sum is computed in each forward pass, so gradients reach both | below |
+# | What about batch norm? | γ and β are summed like all weights; running statistics are not, they are estimated anew | below |
+# | Multi-input network or weight sharing? | neither: a third network whose weights are a *function* of two others | below |
+# | What is the third term? | it has several readings; the plain cross-entropy of the sum is the one to start from | table below |
+# | Is it meta-learning? | a relative: it asks for weights that still work *after* a change of weights | below |
+# | Is it a good idea? | for a pair trained together, and for two that never met: measured | tasks 1 to 3, next pages |
+# | Similar examples? | model soups, task arithmetic, superposition of models and others | bibliography below |
+#
+# Everything here runs in seconds, on two untrained networks; the next pages train them.
+
+# %%
+import torch
+import torch.nn.functional as F
+
+from weightsum_lib import WeightSum, normalize, recalibrate, synthesize, three_term_loss, vgg8, vgg16
+
+torch.manual_seed(0)
+theta_m, theta_c = vgg8(width=1 / 16), vgg8(width=1 / 16)  # small, so that this page is fast
+images, labels = (torch.from_numpy(a[:64]) for a in synthesize("svhn", 64, "train"))
+x = normalize(images)
+x.shape, labels.shape
+
+# %% [markdown]
+# ## The obvious way loses the gradient
+#
+# Copying summed weights into a third network makes new leaf tensors. The third network can be trained, but what it
+# learns never reaches θ_m or θ_c.
+
+# %%
+combo = vgg8(width=1 / 16)
+combo.load_state_dict({k: v + theta_c.state_dict()[k] for k, v in theta_m.state_dict().items()})
+F.cross_entropy(combo(x), labels).backward()
+print("gradient of combo:", combo.features.conv1_1.weight.grad.norm().item())
+print("gradient of θ_m: ", theta_m.features.conv1_1.weight.grad)
+
+# %% [markdown]
+# ## Summing so that gradients flow
+#
+# `WeightSum` adds the parents' parameters inside its forward pass (with `torch.func.functional_call`), so the sum is part
+# of the graph. As ∂(θ_m + θ_c)/∂θ_m is the identity, both parents get the *same* gradient from the third term: that of
+# the combined network.
+
+# %%
+total = WeightSum([theta_m, theta_c])
+F.cross_entropy(total(x), labels).backward()
+for name, p in theta_m.named_parameters():
+    assert torch.equal(p.grad, theta_c.get_parameter(name).grad)
+print("gradient of θ_m:", theta_m.features.conv1_1.weight.grad.norm().item(), "and the same for θ_c")
+
+# %% [markdown]
+# With the two other terms, that is the whole training step of this study ([`three_term_loss`](../api.md)):
+
+# %%
+optimizer = torch.optim.SGD([*theta_m.parameters(), *theta_c.parameters()], lr=0.01)
+optimizer.zero_grad()
+x_m, y_m, x_c, y_c = x[:32], labels[:32], x[32:], labels[32:]
+loss = three_term_loss(theta_m(x_m), y_m, theta_c(x_c), y_c, total(x_m), third="ce")
+loss.total.backward()
+optimizer.step()
+{name: round(value.item(), 3) for name, value in loss._asdict().items()}
+
+# %% [markdown]
+# ## Batch norm: sum the weights, not the statistics
+#
+# Running means and variances describe the activations of *one* network. Those of the sum are other activations, and
+# the sum of two variances is not their variance. So the statistics of a sum are re-estimated from unlabelled images
+# (as in REPAIR, Jordan et al. 2022), for the network before the sum and after it alike.
+
+# %%
+for network in (theta_m, theta_c):
+    recalibrate(network, x)
+plain = total.materialize().eval()  # the sum as a plain network
+layer = plain.features.bn2_1
+recalibrate(plain, x)
+summed = theta_m.features.bn2_1.running_var + theta_c.features.bn2_1.running_var
+print(f"variance that the sum has, channel 0 of bn2_1: {layer.running_var[0]:.2f}")
+print(f"variance by adding the two networks' buffers:  {summed[0]:.2f}")
+
+# %% [markdown]
+# Batch norm also hides the *scale* of the layer before it. If ‖W_m‖ is much larger than ‖W_c‖, then W_m + W_c is nearly
+# W_m, and the sum "works" for an empty reason. The next pages therefore print the norm ratio of every layer.
+#
+# ## Why the posted `VGG16COMBO` can't work
+#
+# In outline, and with its three faults kept:
+
+# %%
+from torch import nn
+
+
+class Combo(nn.Module):
+    """The posted idea in outline: its faults are what this section is about."""
+
+    def __init__(self, model1, model2):  # 1: the two networks are taken and never used
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        self.classifier = nn.Linear(8, 10)
+
+    def forward(self, x, z):
+        x, z = self.body(x), self.body(z)  # 2: both inputs go through one set of weights; nothing is summed
+        both = x + z
+        return self.classifier(both.view(m.size(0), -1))  # noqa: F821  3: there is no m
+
+
+posted = Combo(theta_m, theta_c)
+ids = {id(p) for network in (theta_m, theta_c) for p in network.parameters()}
+print("parameters of θ_m or θ_c in it:", sum(id(p) in ids for p in posted.parameters()))
+try:
+    posted(x_m, x_c)
+except NameError as error:
+    print("NameError:", error)
+
+# %% [markdown]
+# 1. `model1` and `model2` are arguments that nothing reads: the new network starts from random weights.
+# 2. The two inputs share one set of weights, and their *activations* are added. That is a siamese network, not a sum
+#    of weights.
+# 3. `m.size(0)` is a `NameError`: no `m` was ever defined.
+#
+# The network that was meant is one line, for any two networks of one architecture:
+
+# %%
+modelcombo = WeightSum([vgg16(in_channels=1, width=1 / 16), vgg16(in_channels=1, width=1 / 16)])
+print(
+    tuple(modelcombo(x_m).shape), f"{sum(p.numel() for p in vgg16(in_channels=1).parameters()):,} parameters at width 1"
+)
+
+# %% [markdown]
+# ## Multi-input network or weight sharing?
+#
+# Neither. A *multi-input* network takes several inputs in one forward pass; here each forward pass has one input.
+# *Weight sharing* uses one tensor in several places; θ_m and θ_c share nothing. It is three networks, two of them free
+# and the third's weights a fixed function of theirs, trained as multi-task learning with a constraint tying the weights.
+#
+# ## The readings of the third term
+#
+# With z_m = f(x_m; θ_m) and z_sum = f(x_m; θ_m + θ_c). The last columns are computed here, for the two networks above:
+# the value, and how strongly the third term alone pulls at θ_m and at θ_c.
+
+# %% tags=["hide-input"]
+import pandas as pd
+
+READINGS = {
+    "ce": ("CE(z_sum, y)", "the sum must solve the task"),
+    "signed_gap": ("CE(z_sum, y) − CE(z_m, y)", "the letter of the question; at weight 1 it cancels the first term"),
+    "loss_gap": ("|CE(z_sum, y) − CE(z_m, y)|", "can also be met by making θ_m worse"),
+    "distill": ("KL(softmax z_m ‖ softmax z_sum)", "the sum imitates θ_m (held fixed), right or wrong"),
+    "logit_difference": ("CE(z_sum − z_m, y)", "the change of the logits must solve the task"),
+}
+rows = []
+for third, (formula, remark) in READINGS.items():
+    value = three_term_loss(theta_m(x_m), y_m, theta_c(x_c), y_c, total(x_m), third=third).third
+    pulls = [
+        torch.autograd.grad(value, list(n.parameters()), retain_graph=True, allow_unused=True)
+        for n in (theta_m, theta_c)
+    ]
+    norms = [sum(float(g.square().sum()) for g in gradient if g is not None) ** 0.5 for gradient in pulls]
+    rows.append([third, formula, remark, f"{value:.3f}", f"{norms[0]:.2f}", f"{norms[1]:.2f}"])
+columns = ["third", "formula", "remark", "value (nats)", "gradient at θ_m", "gradient at θ_c"]
+pd.DataFrame(rows, columns=columns).style.hide(axis="index")
+
+# %% [markdown]
+# There is one more reading, as arithmetic on the *weights*: "[MNIST+CIFAR10] − MNIST". It is just the CIFAR-10 network
+# again, so it would ask θ_c to solve MNIST, and no sum is left in it:
+
+# %%
+difference = WeightSum([total.materialize(), theta_m], [1, -1]).weights()
+max((difference[k] - v).abs().max().item() for k, v in theta_c.named_parameters())  # rounding
+
+# %% [markdown]
+# ## Is it meta-learning?
+#
+# It is a relative of it. MAML (Finn et al. 2017) looks for weights θ that work *after* a change of weights, θ − η∇L. Here
+# θ_m has to work after the change θ_m + θ_c. But the change is no step of learning, and θ_c is trained in the same loop
+# instead of coming from a distribution of tasks: there is one outer problem and no inner one. It comes nearer to
+# meta-learning when the partner changes all the time, so that θ_m must survive a sum with *any* network; task 3
+# tests exactly that, with a partner that θ_m has never met.
+#
+# ## Similar work
+#
+# **Adding and averaging weights.** Averages along one run: SWA, Izmailov et al. 2018
+# ([arXiv:1803.05407](https://arxiv.org/abs/1803.05407)). Averages of fine-tuned models: *Model soups*, Wortsman et al. 2022
+# ([2203.05482](https://arxiv.org/abs/2203.05482)). Sums of weight *differences* from one pretrained start: *Editing models
+# with task arithmetic*, Ilharco et al. 2023 ([2212.04089](https://arxiv.org/abs/2212.04089)), and why it works near a linear
+# regime, Ortiz-Jiménez et al. 2023 ([2305.12827](https://arxiv.org/abs/2305.12827)). Weighted merges: Fisher merging,
+# Matena & Raffel 2022 ([2111.09832](https://arxiv.org/abs/2111.09832)); RegMean, Jin et al. 2023
+# ([2212.09849](https://arxiv.org/abs/2212.09849)); TIES, Yadav et al. 2023 ([2306.01708](https://arxiv.org/abs/2306.01708)).
+#
+# **Networks from different starts.** When are two minima connected: Frankle et al. 2020
+# ([1912.05671](https://arxiv.org/abs/1912.05671)), Entezari et al. 2022 ([2110.06296](https://arxiv.org/abs/2110.06296)).
+# Permuting channels first: *Git Re-Basin*, Ainsworth et al. 2023 ([2209.04836](https://arxiv.org/abs/2209.04836)); different
+# tasks: *ZipIt!*, Stoica et al. 2024 ([2305.03053](https://arxiv.org/abs/2305.03053)). Repairing the statistics afterwards:
+# REPAIR, Jordan et al. 2022 ([2211.08403](https://arxiv.org/abs/2211.08403)).
+#
+# **Several skills in one set of weights.** *Superposition of many models into one*, Cheung et al. 2019
+# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, the nearest relative of this study. PackNet,
+# Mallya & Lazebnik 2018 ([1711.05769](https://arxiv.org/abs/1711.05769)); *Supermasks in superposition*, Wortsman et al. 2020
+# ([2006.14769](https://arxiv.org/abs/2006.14769)).
+#
+# **Surviving a change of weights.** Flat minima by training against perturbed weights: SAM, Foret et al. 2021
+# ([2010.01412](https://arxiv.org/abs/2010.01412)). MAML, Finn et al. 2017 ([1703.03400](https://arxiv.org/abs/1703.03400)).
+#
+# **The parts used here.** VGG, Simonyan & Zisserman 2015 ([1409.1556](https://arxiv.org/abs/1409.1556)); batch norm, Ioffe &
+# Szegedy 2015 ([1502.03167](https://arxiv.org/abs/1502.03167)); initialization, He et al. 2015
+# ([1502.01852](https://arxiv.org/abs/1502.01852)); distillation, Hinton et al. 2015
+# ([1503.02531](https://arxiv.org/abs/1503.02531)).
+#
+# **In one sentence: two networks are summed by making their sum part of the forward pass, with batch-norm statistics
+# of its own; whether the sum keeps their skills is what the next pages measure.**

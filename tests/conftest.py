@@ -1,0 +1,43 @@
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: other processes may compute meanwhile
+
+import pytest
+import torch
+
+from weightsum_lib import params
+from weightsum_lib.data import Dataset
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def images():
+    return torch.randint(0, 256, (24, 3, 32, 32), dtype=torch.uint8)
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The smoke profile, smaller still, with results in a folder of the test's own."""
+    changes = {"width": 1 / 16, "train_images": 120, "test_images": 40, "calibration_images": 32, "epoch_images": 96}
+    changes |= {"batch_size": 32, "results_dir": str(tmp_path / "results"), "device": "cpu"}
+    return params.read("smoke", changes)
+
+
+@pytest.fixture
+def datasets():
+    """Two learnable toy tasks by dataset name: the class is the brightness of a patch."""
+
+    def make(name, channel):
+        splits = {}
+        for split, n in (("train", 96), ("val", 20), ("test", 40)):
+            labels = torch.arange(n) % 10
+            x = torch.randint(0, 60, (n, 3, 32, 32), dtype=torch.uint8)
+            x[:, channel, 8:24, 8:24] = (labels * 25).to(torch.uint8).view(-1, 1, 1)
+            splits |= {f"{split}_images": x, f"{split}_labels": labels}
+        return Dataset(name=name, source="stand-in", note="toy", checksum=name, **splits)
+
+    return {"mnist": make("mnist", 0), "cifar10": make("cifar10", 1)}

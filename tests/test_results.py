@@ -1,0 +1,110 @@
+import json
+
+import pytest
+
+from weightsum_lib import plots, report, results
+
+ROWS = [
+    {"method": "independent", "seed": s, "before": 98.0 + s, "after": 12.0 + s, "support_before": 60.0}
+    for s in range(3)
+] + [{"method": "joint ce", "seed": s, "before": 98.0, "after": 97.0 + s / 2, "support_before": 56.0} for s in range(3)]
+
+
+def test_interval_is_students_t():
+    of = results.interval([97.0, 98.0, 99.0])
+    assert of["mean"] == 98.0 and of["n"] == 3
+    assert of["half"] == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert results.interval([5.0]) == {"mean": 5.0, "half": None, "n": 1}
+
+
+def test_one_seed_shows_no_interval():
+    assert results.format_interval(results.interval([97.24])) == "97.2"
+    assert "±" in results.format_interval(results.interval([97.0, 98.0]))
+
+
+def test_a_paired_difference_uses_the_seeds_that_both_have():
+    of = results.paired_difference(ROWS[:2] + ROWS[3:], "independent", "joint ce", "before")
+    assert of["mean"] == 0.5 and of["n"] == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (98.5, 98.3, "keeps"),
+        (98, 92, "nearly keeps"),
+        (98, 50, "keeps a part of"),
+        (98, 20, "loses"),
+        (98, 10, "loses"),
+    ],
+)
+def test_verdict_follows_the_numbers(before, after, words):
+    assert results.verdict(before, after) == words
+
+
+def test_finding_turns_with_the_numbers():
+    rows = results.with_gap(ROWS)
+    a, b = results.summarize(rows, ["method"], ["before", "after", "gap", "kept"])
+    text = results.finding(a, b, "MNIST")
+    assert "the sum keeps the skill" in text and "their sum loses it" in text and "n = 3" in text
+    assert "not told from zero" in text  # gaps 1.0, 0.5, 0.0
+    worse = results.summarize([{**r, "after": 15.0, "gap": 83.0} for r in rows], ["method"], ["before", "after", "gap"])
+    text = results.finding(worse[0], worse[1], "MNIST")
+    assert "the sum loses the skill" in text and "not told" not in text
+
+
+def test_what_counts_is_within_the_margin_of_the_baseline():
+    assert results.mark_counted(ROWS, "support_before", "independent", 3.0) == {"independent": True, "joint ce": False}
+    assert results.mark_counted(ROWS, "before", "independent", 1.0) == {"independent": True, "joint ce": True}
+    assert results.mark_counted(ROWS, "before", "gone", 1.0) == {}
+
+
+def test_summarize_leaves_out_what_a_row_lacks():
+    rows = [{"method": "a", "x": 1.0}, {"method": "b"}]
+    a, b = results.summarize(rows, ["method"], ["x"])
+    assert a["x"]["mean"] == 1.0 and b["x"] is None
+    assert results.table([a, b], {"method": "Method", "x": "X"}).values.tolist() == [["a", "1.0"], ["b", "–"]]
+
+
+def test_a_page_says_which_data_it_was_made_from():
+    images = {"train": 9000, "val": 1000, "test": 10}
+    real = {"source": "real", "note": "exact", "images": images}
+    text = results.data_notice({"mnist": real})
+    assert "MNIST: real (9,000 training images; exact)" in text and "not numbers" not in text
+    text = results.data_notice({"mnist": real, "svhn": {**real, "source": "stand-in"}})
+    assert "SVHN: **synthetic stand-in**" in text and "not numbers of the real dataset" in text
+
+
+def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
+    of = {"before": results.interval([98.0]), "after": results.interval([97.5]), "gap": results.interval([0.5]), "n": 1}
+    rows = [{"method": "joint ce", **of}, {"method": "independent", **of, "after": results.interval([11.0])}]
+    provenance = {
+        "params": {
+            "profile": "p", "arch": "vgg8", "width": 1.0, "train_images": 10, "epochs": 1, "epoch_images": 9,
+            "seeds": 1, "methods": {"joint ce": {"protocol": "joint"}},
+        },
+        "data": {
+            "mnist": {"source": "real", "note": "exact", "checksum": "ab", "images": {"train": 9, "val": 1, "test": 5}}
+        },
+        "device": "CPU", "precision": "float32", "versions": {"torch": "2"}, "commit": "abc", "training_seconds": 60.0,
+    }  # fmt: skip
+    content = {"headline": [results.headline_row(r, "Task 1", "sum") for r in rows], "provenance": provenance}
+    report.write_headline(tmp_path, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "01_mnist_cifar10.json").write_text(json.dumps(content))
+    report.write_headline(tmp_path, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "headline.json").read_text())
+    assert made["values"]["title_figure"].startswith("1 of 2 sums keep")
+    assert made["tables"]["headline"]["rows"][0] == ["Task 1", "sum, joint ce", "98.0", "97.5", "0.5", "1"]
+    assert made["tables"]["times"]["rows"] == [["01_mnist_cifar10", "1.0"]]
+    first = (tmp_path / "out" / "headline.png").read_bytes()
+    report.write_headline(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "headline.png").read_bytes() == first
+
+
+def test_figures_have_a_message_axes_with_units_and_n():
+    plots.use_style()
+    rows = results.summarize(ROWS, ["method"], ["before", "after"])
+    figure = plots.before_after(rows, "the message", "MNIST")
+    assert figure._suptitle.get_text() == "the message"
+    label = figure.axes[0].get_xlabel()
+    assert "accuracy (%)" in label and "n = 3 seeds, bars: 95 % interval" in label

@@ -1,0 +1,137 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from weightsum_lib import RunConfig
+from weightsum_lib import train as train_module
+from weightsum_lib.train import augment, build, train
+
+TINY = {"width": 1 / 16, "epoch_images": 96, "epochs": 2, "batch_size": 32, "learning_rate": 0.05}
+ALONE = RunConfig("independent", "mnist", **TINY)
+PAIR = RunConfig("joint", "mnist", "cifar10", third="ce", third_ramp=0.2, **TINY)
+
+
+def equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_the_same_seed_gives_the_same_numbers_twice(datasets):
+    a, b = train(PAIR, datasets), train(PAIR, datasets)
+    assert equal(a.networks["main"], b.networks["main"]) and equal(a.networks["support"], b.networks["support"])
+    strip = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]  # noqa: E731
+    assert strip(a) == strip(b)
+    assert not equal(a.networks["main"], train(replace(PAIR, seed=1), datasets).networks["main"])
+
+
+def test_training_learns(datasets):
+    run = train(replace(ALONE, epochs=12), datasets)
+    assert run.history[-1]["loss_main"] < 0.7 * run.history[0]["loss_main"]
+    assert [row["epoch"] for row in run.history] == list(range(1, 13))
+    assert not run.networks["main"].training
+
+
+def test_the_third_term_reaches_both_networks(datasets):
+    with_third, without = train(PAIR, datasets), train(replace(PAIR, third="none"), datasets)
+    for role in ("main", "support"):
+        assert not equal(with_third.networks[role], without.networks[role])
+    assert {"loss_main", "loss_support", "loss_third", "val_main", "val_support", "val_sum"} < set(
+        with_third.history[0]
+    )
+    assert "val_sum" not in without.history[0]
+
+
+def test_the_symmetric_term_changes_the_training(datasets):
+    a, b = train(replace(PAIR, symmetric=True), datasets), train(PAIR, datasets)
+    assert not equal(a.networks["support"], b.networks["support"])
+    assert replace(PAIR, symmetric=True).passes == 4 and PAIR.passes == 3 and ALONE.passes == 1
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_numbers(datasets, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(row):
+        if row["epoch"] == 1:
+            raise Killed
+
+    whole, checkpoint = train(PAIR, datasets), tmp_path / "checkpoint.safetensors"
+    with pytest.raises(Killed):
+        train(PAIR, datasets, checkpoint=checkpoint, on_epoch=kill)
+    seen = []
+    resumed = train(PAIR, datasets, checkpoint=checkpoint, on_epoch=lambda row: seen.append(row["epoch"]))
+    assert seen == [2] and not checkpoint.exists()
+    assert equal(whole.networks["main"], resumed.networks["main"])
+    assert equal(whole.networks["support"], resumed.networks["support"])
+    assert whole.history[1]["val_sum"] == resumed.history[1]["val_sum"]  # the sum's own statistics came back too
+
+
+def test_networks_that_never_met_share_no_random_stream():
+    configs = {
+        "mnist alone": (ALONE, "main"),
+        "svhn alone": (replace(ALONE, main="svhn"), "main"),
+        "cifar10 alone": (replace(ALONE, main="cifar10"), "main"),
+        "mnist in a pair": (PAIR, "main"),
+        "its support": (PAIR, "support"),
+        "svhn in a pair": (replace(PAIR, main="svhn"), "main"),
+        "the other support": (replace(PAIR, main="svhn"), "support"),
+        "another seed": (replace(ALONE, seed=1), "main"),
+    }
+    for purpose in ("initialization", "order of epoch 0"):
+        streams = {name: config.stream(role, purpose) for name, (config, role) in configs.items()}
+        assert len(set(streams.values())) == len(streams), streams
+    weights = [build(config, role).classifier.fc2.weight for config, role in configs.values()]
+    for i, a in enumerate(weights):
+        for b in weights[i + 1 :]:
+            assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), 0).abs() < 0.05
+
+
+def test_the_third_terms_readings_start_from_the_same_weights_and_order():
+    other = replace(PAIR, third="distill")
+    assert other.stream("main", "initialization") == PAIR.stream("main", "initialization")
+    assert other.stream("support", "order of epoch 1") == PAIR.stream("support", "order of epoch 1")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_advice(datasets):
+    with pytest.raises(FloatingPointError, match=r"joint ce mnist\+cifar10 seed 0: .* epoch 1; lower learning_rate"):
+        train(replace(PAIR, learning_rate=float("inf")), datasets)
+
+
+def test_fine_tuning_starts_from_the_given_weights(datasets):
+    start = build(ALONE).state_dict()
+    config = replace(
+        ALONE, protocol="sequential", support="cifar10", start="sum", finetune_epochs=1, learning_rate=1e-12
+    )
+    tuned = train(config, datasets, start=start).networks["main"]
+    torch.testing.assert_close(tuned.classifier.fc1.weight, start["classifier.fc1.weight"])
+    assert len(train(config, datasets).history) == 1
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero_and_the_third_term_ramps():
+    rate = [train_module._learning_rate(PAIR, x) for x in (0, 0.1, 0.2, 0.6, 1)]
+    assert rate == pytest.approx([0, 0.025, 0.05, 0.025, 0])
+    assert [train_module._third_weight(PAIR, x) for x in (0, 0.1, 0.2, 1)] == pytest.approx([0, 0.5, 1, 1])
+    assert train_module._third_weight(replace(PAIR, third_ramp=0.0), 0) == 1
+
+
+def test_augmentation_shifts_by_two_pixels_at_most_and_flips_only_where_it_may(images):
+    def variants(flip):
+        generator = torch.Generator().manual_seed(0)
+        one = images[:1].expand(400, -1, -1, -1)
+        return {x.numpy().tobytes() for x in augment(one, generator, flip)}
+
+    def shifted(image):
+        padded = torch.nn.functional.pad(image, (2,) * 4)
+        return {padded[:, i : i + 32, j : j + 32].contiguous().numpy().tobytes() for i in range(5) for j in range(5)}
+
+    plain = shifted(images[0])
+    assert variants(False) == plain
+    mirrored = variants(True) - plain
+    assert mirrored and mirrored <= {
+        torch.frombuffer(bytearray(v), dtype=torch.uint8).view(3, 32, 32).flip(2).contiguous().numpy().tobytes()
+        for v in shifted(images[0].flip(2))
+    } | shifted(images[0].flip(2))
+
+
+def test_digits_are_never_mirrored():
+    assert train_module._FLIPPED == ("cifar10",)

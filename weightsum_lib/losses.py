@@ -1,0 +1,107 @@
+"""The loss of the question: CE(main) + CE(support) + a third term on the network with the summed weights."""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ThreeTermLoss(NamedTuple):
+    """The named terms of :func:`three_term_loss`; scalars. ``third`` is before its weight."""
+
+    total: Tensor
+    main: Tensor
+    support: Tensor
+    third: Tensor
+
+
+def _none(logits, logits_sum, labels, ce):
+    return logits.new_zeros(())
+
+
+def _ce(logits, logits_sum, labels, ce):
+    return F.cross_entropy(logits_sum, labels)
+
+
+def _signed_gap(logits, logits_sum, labels, ce):
+    return F.cross_entropy(logits_sum, labels) - ce
+
+
+def _loss_gap(logits, logits_sum, labels, ce):
+    return (F.cross_entropy(logits_sum, labels) - ce).abs()
+
+
+def _distill(logits, logits_sum, labels, ce):
+    return F.kl_div(logits_sum.log_softmax(-1), logits.detach().log_softmax(-1), log_target=True, reduction="batchmean")
+
+
+def _logit_difference(logits, logits_sum, labels, ce):
+    return F.cross_entropy(logits_sum - logits, labels)
+
+
+THIRD_TERMS = {
+    "none": _none,
+    "ce": _ce,
+    "signed_gap": _signed_gap,
+    "loss_gap": _loss_gap,
+    "distill": _distill,
+    "logit_difference": _logit_difference,
+}
+
+
+def three_term_loss(
+    logits_main: Tensor,
+    labels_main: Tensor,
+    logits_support: Tensor,
+    labels_support: Tensor,
+    logits_sum: Tensor,
+    *,
+    third: str = "ce",
+    weight: float = 1.0,
+    logits_sum_support: Tensor | None = None,
+) -> ThreeTermLoss:
+    """L = CE(z_m, y_m) + CE(z_c, y_c) + weight · third.
+
+    The readings of the third term, with z_m = f(x_m; θ_m) and z_sum = f(x_m; θ_m + θ_c):
+
+    - ``none``: 0, two networks that never meet.
+    - ``ce``: CE(z_sum, y_m), the sum must solve the main task.
+    - ``signed_gap``: CE(z_sum, y_m) − CE(z_m, y_m), the letter of the question; at weight 1 it cancels the first term.
+    - ``loss_gap``: |CE(z_sum, y_m) − CE(z_m, y_m)|, which can also be met by making θ_m worse.
+    - ``distill``: KL(softmax z_m ‖ softmax z_sum) with z_m detached, in nats (Hinton et al. 2015).
+    - ``logit_difference``: CE(z_sum − z_m, y_m).
+
+    Args:
+        logits_main: z_m (N, classes) of θ_m on the main task's images.
+        labels_main: y_m (N,) integers.
+        logits_support: z_c (M, classes) of θ_c on the support task's images.
+        labels_support: y_c (M,) integers.
+        logits_sum: z_sum (N, classes) of θ_m + θ_c on the main task's images.
+        third: one of the readings above.
+        weight: factor on the third term.
+        logits_sum_support: f(x_c; θ_m + θ_c) (M, classes). Given, the third term is *symmetric*: the
+            same reading with the roles exchanged is added to it.
+
+    Returns:
+        :class:`ThreeTermLoss` with ``total``, ``main``, ``support``, ``third``.
+
+    Raises:
+        ValueError: unknown reading, or logits that don't fit their labels.
+    """
+    if third not in THIRD_TERMS:
+        raise ValueError(f"unknown third term '{third}'; one of {', '.join(THIRD_TERMS)}")
+    for name, logits, labels in (
+        ("logits_main", logits_main, labels_main),
+        ("logits_support", logits_support, labels_support),
+        ("logits_sum", logits_sum, labels_main),
+        ("logits_sum_support", logits_sum_support, labels_support),
+    ):
+        if logits is not None and (logits.ndim != 2 or len(logits) != len(labels)):
+            raise ValueError(f"{name} is {tuple(logits.shape)}; expected ({len(labels)}, classes) to fit its labels")
+    main = F.cross_entropy(logits_main, labels_main)
+    support = F.cross_entropy(logits_support, labels_support)
+    reading = THIRD_TERMS[third]
+    third_term = reading(logits_main, logits_sum, labels_main, main)
+    if logits_sum_support is not None:
+        third_term = third_term + reading(logits_support, logits_sum_support, labels_support, support)
+    return ThreeTermLoss(main + support + weight * third_term, main, support, third_term)

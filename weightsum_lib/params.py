@@ -1,0 +1,176 @@
+"""The knobs of the study: what they are called, what they may be, and where they come from (``params/*.yaml``)."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import get_origin
+
+import yaml
+
+DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "svhn": "SVHN"}  # name: title
+PARAMS_DIR = Path(__file__).parent.parent / "params"
+
+
+class ParamsError(ValueError):
+    """A parameter that can't be used; the message names the key, the file, and what was expected."""
+
+
+def _positive(value):
+    return value > 0
+
+
+def _knob(help: str, check=None, expected: str = ""):
+    return field(metadata={"help": help, "check": check, "expected": expected})
+
+
+def _one_of(*names):
+    return lambda value: value in names, " or ".join(repr(n) for n in names)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the report: a set of independent switches."""
+
+    protocol: str = _knob("how the pair is trained", *_one_of("independent", "sequential", "joint"))
+    third: str = _knob(
+        "reading of the third term",
+        *_one_of("none", "ce", "signed_gap", "loss_gap", "distill", "logit_difference"),
+    )
+    third_weight: float = _knob("factor on the third term", _positive, "> 0")
+    symmetric: bool = _knob("the sum must keep the support task too")
+    seeds: int = _knob("at most so many seeds", _positive, "≥ 1")
+
+
+METHOD_DEFAULTS = {"third": "none", "third_weight": 1.0, "symmetric": False, "seeds": 1_000}
+
+
+@dataclass(frozen=True)
+class Params:
+    """All knobs of one profile. A parameter file gives every one of them; so does each notebook's parameters cell."""
+
+    profile: str = _knob("name of the profile")
+    arch: str = _knob("architecture", *_one_of("vgg8", "vgg16"))
+    width: float = _knob("factor on the channels and hidden units", lambda v: 1 / 64 <= v <= 8, "from 1/64 to 8")
+    dropout: float = _knob("probability to drop a hidden unit", lambda v: 0 <= v < 1, "at least 0 and less than 1")
+    train_images: int = _knob("images of a set at most; a tenth validates", lambda v: v >= 100, "≥ 100")
+    test_images: int = _knob("test images of a set at most", lambda v: v >= 20, "≥ 20")
+    calibration_images: int = _knob("images that set batch-norm statistics", lambda v: v >= 2, "≥ 2")
+    epoch_images: int = _knob("images that each network sees in an epoch", _positive, "≥ 1")
+    epochs: int = _knob("epochs of training", _positive, "≥ 1")
+    finetune_epochs: int = _knob("epochs of fine-tuning in `sequential`", _positive, "≥ 1")
+    batch_size: int = _knob("images in a step, per task", lambda v: v >= 2, "≥ 2")
+    learning_rate: float = _knob("peak learning rate", _positive, "> 0")
+    weight_decay: float = _knob("L2 penalty of SGD", lambda v: v >= 0, "≥ 0")
+    third_ramp: float = _knob("share of the steps in which the third term grows", lambda v: 0 <= v <= 1, "from 0 to 1")
+    plane_points: int = _knob("points along an axis of the coefficient plane", lambda v: v >= 3, "≥ 3")
+    seeds: int = _knob("seeds 0, 1, … of each method", _positive, "≥ 1")
+    methods: dict = _knob("label: switches of each row")
+    allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
+    data_dir: str = _knob("folder of the prepared datasets; empty: neither files nor downloads")
+    results_dir: str = _knob("folder of trained networks and results")
+    device: str = _knob("where to compute", *_one_of("auto", "cpu", "cuda"))
+
+    def method(self, label: str) -> Method:
+        """The switches of a row of ``methods``."""
+        return _make(Method, {**METHOD_DEFAULTS, **self.methods[label]}, f"method '{label}'")
+
+    def seeds_of(self, label: str) -> range:
+        """The seeds of a row: 0, 1, …, as many as the profile and the method allow."""
+        return range(min(self.seeds, self.method(label).seeds))
+
+    def as_dict(self) -> dict:
+        """All knobs, JSON-able."""
+        return asdict(self)
+
+
+def _nearest(key: str, known) -> str:
+    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+def _make(cls, values: Mapping, where: str):
+    """Build a dataclass of knobs from values, or raise ParamsError naming the key, ``where``, and what was expected."""
+    known = {f.name: f for f in fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ParamsError(f"{where}: unknown parameter '{key}'; {_nearest(str(key), known)}")
+    made = {}
+    for name, knob in known.items():
+        if name not in values:
+            raise ParamsError(f"{where}: '{name}' is missing ({knob.metadata['help']})")
+        value, wanted = values[name], get_origin(knob.type) or knob.type
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise ParamsError(
+                f"{where}: '{name}' ({knob.metadata['help']}) must be {wanted.__name__}, "
+                f"got {value!r} ({type(value).__name__})"
+            )
+        check = knob.metadata["check"]
+        if check and not check(value):
+            raise ParamsError(
+                f"{where}: '{name}' ({knob.metadata['help']}) must be {knob.metadata['expected']}, got {value!r}"
+            )
+        made[name] = value
+    return cls(**made)
+
+
+def check(values: Mapping, where: str) -> Params:
+    """Make checked parameters from a mapping.
+
+    Args:
+        values: knob name to value, every knob of :class:`Params`.
+        where: what to call the source in an error, e.g. the file.
+
+    Raises:
+        ParamsError: unknown, missing, of the wrong type, or impossible.
+    """
+    params = _make(Params, values, where)
+    for label, switches in params.methods.items():
+        if not isinstance(switches, Mapping):
+            raise ParamsError(
+                f"{where}: method '{label}' must be switches such as {{protocol: joint}}, got {switches!r}"
+            )
+        method = _make(Method, {**METHOD_DEFAULTS, **switches}, f"{where}: method '{label}'")
+        if method.protocol != "joint" and (method.third != "none" or method.symmetric):
+            raise ParamsError(
+                f"{where}: method '{label}': only protocol 'joint' has a third term, not {method.protocol!r}"
+            )
+    if not params.methods:
+        raise ParamsError(
+            f"{where}: 'methods' is empty; give at least one, e.g. joint ce: {{protocol: joint, third: ce}}"
+        )
+    for name in params.allow_standin:
+        if name not in DATASETS:
+            raise ParamsError(f"{where}: 'allow_standin' names '{name}'; {_nearest(str(name), DATASETS)}")
+    if params.epoch_images < params.batch_size:
+        raise ParamsError(
+            f"{where}: 'epoch_images' ({params.epoch_images}) is less than one batch ({params.batch_size})"
+        )
+    return params
+
+
+def read(profile: str, overrides: Mapping | None = None) -> Params:
+    """Read ``params/<profile>.yaml`` and check it, with some knobs replaced.
+
+    Raises:
+        ParamsError: no such profile, not YAML, or a knob that :func:`check` refuses.
+    """
+    path = PARAMS_DIR / f"{profile}.yaml"
+    known = sorted(p.stem for p in PARAMS_DIR.glob("*.yaml"))
+    if profile not in known:
+        raise ParamsError(f"no parameter file params/{profile}.yaml; {_nearest(profile, known)}")
+    where = f"params/{path.name}"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{where} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ParamsError(f"{where} must hold 'name: value' lines, got {type(values).__name__}")
+    return check({**values, **(overrides or {})}, where)
+
+
+def from_notebook(namespace: Mapping) -> Params:
+    """The knobs that a notebook's parameters cell has set: call it with ``globals()``."""
+    return check({f.name: namespace[f.name] for f in fields(Params) if f.name in namespace}, "the parameters cell")

@@ -1,0 +1,213 @@
+"""The report's figures: axes with units, intervals, one message in the title, Okabe–Ito colours, an opaque ground."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from weightsum_lib.results import CHANCE
+
+# Okabe & Ito 2008: told apart by colour-blind readers; markers differ too, for print.
+BEFORE, AFTER, CONTROL, FOURTH = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
+_MARKERS = "osD^vP*X"
+
+
+def use_style() -> None:
+    """Set the report's look for every figure drawn after it."""
+    sns.set_theme(style="whitegrid", context="notebook", palette=[BEFORE, AFTER, CONTROL, FOURTH, "#E69F00", "#56B4E9"])
+    plt.rcParams |= {
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+        "figure.dpi": 110,
+        "axes.titleweight": "bold",
+        "axes.titlesize": 12,
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+    }
+
+
+def _message(figure: Figure, text: str) -> Figure:
+    """Put the figure's one message on top, and leave it to the caller to show."""
+    figure.suptitle(text, x=0.01, ha="left", fontweight="bold", fontsize=12, wrap=True)
+    figure.tight_layout()
+    plt.close(figure)
+    return figure
+
+
+def _dumbbells(axes, rows: Sequence[dict], columns: Mapping[str, tuple], labels: Sequence[str]) -> None:
+    """A line a row, a marker a column; ``columns`` maps a key to (legend, colour, marker, filled)."""
+    for y, row in enumerate(rows):
+        points = [row[c]["mean"] for c in list(columns)[:2] if row.get(c)]
+        if len(points) == 2:
+            axes.plot(points, [y, y], color="0.7", lw=2, zorder=1)
+        for column, (_, colour, marker, filled) in columns.items():
+            if row.get(column):
+                of = row[column]
+                axes.errorbar(
+                    of["mean"], y, xerr=of["half"], fmt=marker, ms=8, capsize=3, color=colour, zorder=2,
+                    mfc=colour if filled else "white", mew=1.8,
+                )  # fmt: skip
+    for legend, colour, marker, filled in columns.values():
+        axes.plot([], [], marker, color=colour, mfc=colour if filled else "white", mew=1.8, ms=8, label=legend)
+    axes.axvline(CHANCE, color="0.5", ls=":", lw=1)
+    axes.annotate("chance", (CHANCE, -0.45), fontsize=8, color="0.4", xytext=(2, 0), textcoords="offset points")
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set(ylim=(len(rows) - 0.5, -0.6), xlim=(0, 101), xlabel="test accuracy (%)")
+    axes.grid(axis="y", visible=False)
+
+
+def _n(rows: Sequence[dict]) -> str:
+    counts = sorted({row["n"] for row in rows})
+    interval = ", bars: 95 % interval" if counts[-1] > 1 else ""
+    return f"n = {' to '.join(str(c) for c in counts)} seed{'s' if counts[-1] > 1 else ''}{interval}"
+
+
+def before_after(rows: Sequence[dict], message: str, task: str) -> Figure:
+    """Accuracy on a task before and after the sum, a line a row.
+
+    Args:
+        rows: summarized rows with ``method``, ``before``, ``after``, ``n`` (:func:`results.summarize`).
+        message: what the figure says.
+        task: name of the tested task, for the axis; empty where the rows name it.
+    """
+    figure, axes = plt.subplots(figsize=(8.5, 1.6 + 0.42 * len(rows)))
+    columns = {"before": ("before the sum", BEFORE, "o", False), "after": ("after the sum", AFTER, "o", True)}
+    _dumbbells(axes, rows, columns, [r["method"] for r in rows])
+    axes.set_xlabel(f"{task} test accuracy (%), {_n(rows)}".strip())
+    figure.legend(loc="upper right", bbox_to_anchor=(1, 0), ncol=2)
+    return _message(figure, message)
+
+
+def unmet(rows: Sequence[dict], first: str, second: str, titles: Mapping[str, str], message: str) -> Figure:
+    """Task 3: each task's own network, the sum, and the other task's network as control, side by side.
+
+    Args:
+        rows: summarized rows with ``method``, ``n`` and ``before_``, ``after_``, ``other_`` + dataset.
+        first: left dataset.
+        second: right dataset.
+        titles: dataset name to its title.
+        message: what the figure says.
+    """
+    figure, both = plt.subplots(1, 2, figsize=(10, 1.8 + 0.5 * len(rows)), sharey=True)
+    for axes, name, other in zip(both, (first, second), (second, first), strict=True):
+        columns = {
+            f"before_{name}": ("own network, alone", BEFORE, "o", False),
+            f"after_{name}": ("the sum", AFTER, "o", True),
+            f"other_{name}": ("control: the other network, alone", CONTROL, "D", False),
+        }
+        _dumbbells(axes, rows, columns, [r["method"] for r in rows])
+        axes.set(title=f"on {titles[name]} (other: θ of {titles[other]})", xlabel=f"test accuracy (%), {_n(rows)}")
+        axes.title.set_fontweight("normal")
+    figure.legend(*both[0].get_legend_handles_labels(), loc="upper right", bbox_to_anchor=(1, 0), ncol=3)
+    return _message(figure, message)
+
+
+def curves(histories: Mapping[str, Sequence[dict]], message: str, main: str, support: str) -> Figure:
+    """Training losses and validation accuracies over the epochs, a column a method.
+
+    Args:
+        histories: method to its run's rows (:func:`weightsum_lib.train.train`).
+        message: what the figure says.
+        main: title of the main task.
+        support: title of the support task.
+    """
+    figure, grid = plt.subplots(
+        2, len(histories), figsize=(3.3 * len(histories), 5.2), sharex="col", sharey="row", squeeze=False
+    )
+    series = {
+        "main": (f"θ_main on {main}", BEFORE, "o"),
+        "sum": (f"sum on {main}", AFTER, "s"),
+        "third": ("third term", AFTER, "s"),
+        "support": (f"θ_support on {support}", CONTROL, "^"),
+    }
+    for column, (method, history) in zip(grid.T, histories.items(), strict=True):
+        epochs = [row["epoch"] for row in history]
+        for axes, kind in zip(column, ("loss", "val"), strict=True):
+            for name, (label, colour, marker) in series.items():
+                values = [row.get(f"{kind}_{name}") for row in history]
+                if None not in values:
+                    axes.plot(epochs, values, marker=marker, ms=4, color=colour, label=label)
+        column[0].set_title(method, fontweight="normal")
+        column[1].set_xlabel("epoch")
+        column[1].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    grid[0, 0].set(ylabel="training loss (nats)", yscale="symlog", ylim=(0, None))
+    grid[1, 0].set(ylabel="validation accuracy (%)", ylim=(0, 101))
+    found = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="upper left", bbox_to_anchor=(0.05, 0), ncol=4)
+    return _message(figure, message)
+
+
+def layers(rows: Sequence[dict], message: str) -> Figure:
+    """Norm ratio and cosine of two networks' weights, layer by layer, a line a method.
+
+    Args:
+        rows: rows with ``method``, ``layer``, ``norm_ratio``, ``cosine``.
+        message: what the figure says.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    for i, method in enumerate(dict.fromkeys(r["method"] for r in rows)):
+        own = [r for r in rows if r["method"] == method]
+        names = [r["layer"] for r in own]
+        style = {"marker": _MARKERS[i % len(_MARKERS)], "ms": 5, "alpha": 0.85, "label": method}
+        left.plot(names, [r["norm_ratio"] for r in own], **style)
+        right.plot(names, [r["cosine"] for r in own], **style)
+    left.axhline(1, color="0.4", lw=1, ls=":")
+    right.axhline(0, color="0.4", lw=1, ls=":")
+    left.set(yscale="log", ylabel="norm ratio ‖W_main‖ / ‖W_support‖", ylim=(0.2, 5))
+    left.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    left.minorticks_off()
+    right.set(ylabel="cosine of the two weights", ylim=(-1, 1))
+    for axes in (left, right):
+        axes.tick_params(axis="x", rotation=60)
+    right.legend(fontsize=9)
+    return _message(figure, message)
+
+
+def plane(planes: Mapping[str, dict], titles: Mapping[str, str], message: str) -> Figure:
+    """Validation accuracy of α·θ_first + β·θ_second: a row a method, a column a task.
+
+    Args:
+        planes: method to :func:`weightsum_lib.evaluate.coefficient_plane`.
+        titles: the two dataset names, first then second, to their titles.
+        message: what the figure says.
+    """
+    figure, grid = plt.subplots(
+        len(planes), 2, figsize=(8.2, 3.3 * len(planes)), squeeze=False, sharex=True, sharey=True, layout=None
+    )
+    first, second = titles.values()
+    for row, (method, found) in zip(grid, planes.items(), strict=True):
+        c = found["coefficients"]
+        for axes, (name, title) in zip(row, titles.items(), strict=True):
+            image = axes.pcolormesh(c, c, np.array(found[name]), vmin=0, vmax=100, cmap="cividis", shading="nearest")
+            axes.plot(1, 1, "*", ms=15, mfc="white", mec="black")
+            axes.plot([1, 0], [0, 1], "o", ms=8, mfc="white", mec="black")
+            axes.set_title(f"{method}: on {title}", fontweight="normal")
+            axes.grid(False)
+        row[0].set_ylabel(f"α, coefficient of θ of {first}")
+        figure.colorbar(image, ax=row, label="validation accuracy (%)", fraction=0.03, pad=0.02)
+    for axes in grid[-1]:
+        axes.set_xlabel(f"β, coefficient of θ of {second}")
+    figure.suptitle(message, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    plt.close(figure)
+    return figure
+
+
+def examples(datasets: Sequence, message: str, each: int = 10) -> Figure:
+    """The first test image of each class, a row a dataset.
+
+    Args:
+        datasets: :class:`~weightsum_lib.data.Dataset` objects.
+        message: what the figure says.
+        each: classes shown.
+    """
+    figure, grid = plt.subplots(len(datasets), each, figsize=(each * 0.8, 0.95 * len(datasets) + 0.5), squeeze=False)
+    for row, dataset in zip(grid, datasets, strict=True):
+        for label, axes in enumerate(row):
+            index = int((dataset.test_labels == label).int().argmax())
+            axes.imshow(dataset.test_images[index].permute(1, 2, 0).cpu().numpy())
+            axes.set(xticks=[], yticks=[])
+        kind = "" if dataset.source == "real" else "\n(stand-in)"
+        row[0].set_ylabel(f"{dataset.name}{kind}", fontsize=9, rotation=0, ha="right", va="center")
+    return _message(figure, message)

@@ -1,0 +1,84 @@
+"""The front page's table, figure and provenance, from the results of all notebooks."""
+
+from pathlib import Path
+
+from weightsum_lib import cache, plots, results
+from weightsum_lib.params import DATASETS
+
+_TASKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn")
+
+
+def write_headline(folder: Path, target: Path) -> None:
+    """Write ``headline.json`` and ``headline.png`` from the results in ``folder``.
+
+    Each notebook offers rows for the headline: what is summed, accuracy before and after (intervals), n.
+    Notebooks that have no results (they failed) are left out; the pages that quote them say so.
+    """
+    found = {name: cache.read_json(path) for name in _TASKS if (path := folder / f"{name}.json").exists()}
+    rows = [row for content in found.values() for row in content["headline"]]
+    if not rows:
+        return
+    columns = {
+        "task": "Task",
+        "networks": "Networks that are summed",
+        "before": "Before the sum (%)",
+        "after": "After the sum (%)",
+        "gap": "Gap (points)",
+        "n": "n",
+    }
+    figure_rows = [{**row, "method": f"{row['task']}\n{row['networks']}"} for row in rows]
+    kept = [row for row in rows if row["after"]["mean"] >= 0.99 * row["before"]["mean"]]
+    message = f"{len(kept)} of {len(rows)} sums keep 99 % of the accuracy that the network had before"
+    plots.use_style()
+    target.mkdir(parents=True, exist_ok=True)
+    figure = plots.before_after(figure_rows, message, "")
+    # no date or version inside: the same results give the same file
+    figure.savefig(target / "headline.png", dpi=130, bbox_inches="tight", metadata={"Software": None})
+    last = list(found.values())[-1]["provenance"]
+    data = {k: v for content in found.values() for k, v in content["provenance"]["data"].items()}
+    p = last["params"]
+    content = {
+        "notebook": "headline",
+        "profile": p["profile"],
+        "values": {
+            "title_figure": message,
+            "data_notice": results.data_notice(data),
+            "run_notice": (
+                f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} "
+                f"images of each set, {p['epochs']} epochs of {p['epoch_images']:,} images, {p['seeds']} "
+                f"seed{'s' if p['seeds'] > 1 else ''}, on {last['device']} in {last['precision']}."
+            ),
+        },
+        "tables": {
+            "headline": results.as_json_table(results.table(rows, columns)),
+            "data": {
+                "columns": ["Dataset", "Source", "Training", "Validation", "Test", "SHA-256 of the file"],
+                "rows": [
+                    [
+                        DATASETS[name],
+                        f"{d['source']}: {d['note']}",
+                        *(f"{d['images'][s]:,}" for s in ("train", "val", "test")),
+                        d["checksum"][:16] + "…",
+                    ]
+                    for name, d in data.items()
+                ],
+            },
+            "provenance": {
+                "columns": ["What", "Value"],
+                "rows": [
+                    ["device", last["device"]],
+                    ["precision of the forward pass", last["precision"]],
+                    *([package, number] for package, number in last["versions"].items()),
+                    ["commit of the code", last["commit"]],
+                    *([k, str(v)] for k, v in p.items() if k not in ("methods", "data_dir", "results_dir")),
+                    *([f"method: {label}", str(switches)] for label, switches in p["methods"].items()),
+                ],
+            },
+            "times": {
+                "columns": ["Notebook", "Training of the networks that it uses (minutes)"],
+                "rows": [[n, f"{c['provenance']['training_seconds'] / 60:.1f}"] for n, c in found.items()],
+            },
+        },
+        "provenance": last,
+    }
+    cache.write_json(target / "headline.json", content)

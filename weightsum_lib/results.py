@@ -1,0 +1,256 @@
+"""Numbers with intervals, verdicts computed from them, and the JSON files that the report reads."""
+
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from weightsum_lib import cache
+from weightsum_lib.params import DATASETS
+
+CHANCE = 10.0  # percent, ten classes
+
+
+def interval(values: Sequence[float]) -> dict:
+    """Mean and 95 % interval over seeds (Student's t).
+
+    Returns:
+        ``mean``, ``half`` = half the interval's length (None with one value: no interval), ``n``.
+
+    >>> interval([97.0, 98.0, 99.0])["mean"]
+    98.0
+    """
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5 if n > 1 else None
+    return {"mean": float(np.mean(values)), "half": None if half is None else float(half), "n": n}
+
+
+def format_interval(of: dict, digits: int = 1) -> str:
+    """ "97.3" or "97.3 ± 0.2".
+
+    >>> format_interval({"mean": 97.25, "half": 0.21, "n": 3})
+    '97.2 ± 0.2'
+    """
+    text = f"{of['mean']:.{digits}f}"
+    return text if of["half"] is None else f"{text} ± {of['half']:.{digits}f}"
+
+
+def summarize(rows: Iterable[dict], by: Sequence[str], columns: Sequence[str]) -> list[dict]:
+    """One row a group, in order of appearance: the group's labels and each column's :func:`interval`.
+
+    A column that a group lacks is None.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[k] for k in by), []).append(row)
+    return [
+        {
+            **dict(zip(by, labels, strict=True)),
+            **{c: interval([r[c] for r in group]) if all(c in r for r in group) else None for c in columns},
+            "n": len(group),
+        }
+        for labels, group in groups.items()
+    ]
+
+
+def paired_difference(rows: Sequence[dict], a: str, b: str, column: str) -> dict:
+    """:func:`interval` of a column's difference, method ``a`` minus method ``b``, over the seeds that both have."""
+    by_seed = [{r["seed"]: r[column] for r in rows if r["method"] == m} for m in (a, b)]
+    return interval([by_seed[0][s] - by_seed[1][s] for s in by_seed[0] if s in by_seed[1]])
+
+
+def with_gap(rows: Iterable[dict], before: str = "before", after: str = "after", suffix: str = "") -> list[dict]:
+    """Add ``gap`` = before − after (points) and ``kept`` = after / before (percent) to every row, keys with suffix."""
+    return [{**r, f"gap{suffix}": r[before] - r[after], f"kept{suffix}": 100 * r[after] / r[before]} for r in rows]
+
+
+def mark_counted(rows: Sequence[dict], column: str, baseline: str, within: float) -> dict[str, bool]:
+    """Which methods count: mean accuracy before the sum no more than ``within`` points below the baseline's."""
+    means = {r["method"]: r[column]["mean"] for r in summarize(rows, ["method"], [column]) if r[column]}
+    return {method: mean >= means[baseline] - within for method, mean in means.items()} if baseline in means else {}
+
+
+def verdict(before: float, after: float) -> str:
+    """What the sum does to a skill, in words: kept ≥ 99 % "keeps", ≥ 90 % "nearly keeps", then how much is left.
+
+    >>> verdict(98.5, 98.3), verdict(98.5, 12.0)
+    ('keeps', 'loses')
+    """
+    if after >= 0.99 * before:
+        return "keeps"
+    if after >= 0.90 * before:
+        return "nearly keeps"
+    return "keeps a part of" if after >= CHANCE + 0.25 * (before - CHANCE) else "loses"
+
+
+def finding(baseline: dict, trained: dict, task: str) -> str:
+    """One plain sentence a method on what the sum does to a task.
+
+    Args:
+        baseline: the summarized row (``before``, ``after``, ``gap``) of networks that never met.
+        trained: the row of the pair that was trained with the third term.
+        task: title of the tested task.
+    """
+    gap = trained["gap"]
+    unsure = gap["half"] is not None and abs(gap["mean"]) <= gap["half"]
+    return (
+        f"Trained together (`{trained['method']}`), {task} goes from {format_interval(trained['before'])} % before the "
+        f"sum to {format_interval(trained['after'])} % after it (gap {format_interval(gap, 2)} points"
+        f"{', not told from zero by its interval' if unsure else ''}; n = {trained['n']}): the sum "
+        f"{verdict(trained['before']['mean'], trained['after']['mean'])} the skill. Two networks trained apart "
+        f"(`{baseline['method']}`) go from {format_interval(baseline['before'])} % to "
+        f"{format_interval(baseline['after'])} %: their sum "
+        f"{verdict(baseline['before']['mean'], baseline['after']['mean'])} it."
+    )
+
+
+def finding_unmet(baseline: dict, trained: dict, titles: dict[str, str]) -> str:
+    """One plain sentence on a sum of two networks that never met.
+
+    Args:
+        baseline: the summarized row (``before_``, ``after_``, ``other_`` + dataset) of networks trained apart.
+        trained: that of the networks trained with the third term, each with a support network of its own.
+        titles: the two datasets' names to their titles.
+    """
+
+    def read(row, name, title):
+        before, after = row[f"before_{name}"], row[f"after_{name}"]
+        return (
+            f"{format_interval(after)} % of {title} ({format_interval(before)} % before; "
+            f"it {verdict(before['mean'], after['mean'])} that skill)"
+        )
+
+    first, second = titles
+    apart = [format_interval(baseline[f"after_{name}"]) for name in titles]
+    other = [format_interval(trained[f"other_{name}"]) for name in titles]
+    return (
+        f"Summed without ever having met, the `{trained['method']}` networks read "
+        f"{read(trained, first, titles[first])} and {read(trained, second, titles[second])}, n = {trained['n']}; "
+        f"networks trained apart (`{baseline['method']}`) {apart[0]} % and {apart[1]} %. Control: alone, "
+        f"θ of {titles[second]} reads {other[0]} % of {titles[first]}, and θ of {titles[first]} {other[1]} % of "
+        f"{titles[second]}."
+    )
+
+
+def headline_row(row: dict, task: str, networks: str, name: str = "") -> dict:
+    """A summarized row for the front page; ``name`` is the dataset whose suffix the columns carry."""
+    suffix = f"_{name}" if name else ""
+    columns = {c: row[f"{c}{suffix}"] for c in ("before", "after", "gap")}
+    return {"task": task, "networks": f"{networks}, {row['method']}", **columns, "n": row["n"]}
+
+
+def layer_table(rows: Sequence[dict]) -> pd.DataFrame:
+    """Norm ratio and cosine, a line a method: median and range over the layers."""
+    methods = dict.fromkeys(row["method"] for row in rows)
+    out = []
+    for method in methods:
+        line = {"Method": method}
+        for key, title in (("norm_ratio", "Norm ratio: median (range)"), ("cosine", "Cosine: median (range)")):
+            values = [row[key] for row in rows if row["method"] == method]
+            line[title] = f"{np.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+        out.append(line)
+    return pd.DataFrame(out)
+
+
+def unmet_table(rows: Sequence[dict], titles: dict[str, str]) -> pd.DataFrame:
+    """Task 3's table: for each task before, after, kept, and the other task's network."""
+    columns = {"method": "Method"}
+    for name, title in titles.items():
+        columns |= {
+            f"before_{name}": f"{title} before (%)",
+            f"after_{name}": f"{title} after (%)",
+            f"kept_{name}": f"{title} kept (%)",
+            f"other_{name}": f"control: other network on {title} (%)",
+        }
+    return table(rows, {**columns, "n": "n"})
+
+
+def table(rows: Sequence[dict], columns: dict[str, str], digits: int = 1) -> pd.DataFrame:
+    """A table to show: the given columns of summarized rows under their titles, intervals written out."""
+
+    def show(value):
+        if value is None:
+            return "–"
+        return format_interval(value, digits) if isinstance(value, dict) else value
+
+    return pd.DataFrame({title: [show(row.get(name)) for row in rows] for name, title in columns.items()})
+
+
+def data_notice(described: dict[str, dict]) -> str:
+    """Which data a page was made from, in one Markdown line; ``described`` maps a name to ``Dataset.describe()``."""
+    parts = []
+    for name, d in described.items():
+        kind = "**synthetic stand-in**" if d["source"] == "stand-in" else "real"
+        note = "" if d["source"] == "stand-in" else f"; {d['note']}"
+        parts.append(f"{DATASETS[name]}: {kind} ({d['images']['train']:,} training images{note})")
+    warning = ""
+    if any(d["source"] == "stand-in" for d in described.values()):
+        warning = " Numbers on stand-ins show the method at work; they are not numbers of the real dataset."
+    return "**Data on this page.** " + ". ".join(parts) + "." + warning
+
+
+def _commit() -> str:
+    """The commit of the working tree, with "+" where it has changes; "unknown" outside git."""
+    try:
+        run = {"capture_output": True, "text": True, "check": True, "cwd": cache.PACKAGE}
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changed else "")
+
+
+def provenance(study) -> dict:
+    """What made a result: parameters, data, device, versions, commit, and the seconds of training done for it."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(study.device) if study.device.type == "cuda" else None
+    return {
+        "params": study.params.as_dict(),
+        "data": study.describe_data(),
+        "device": gpu or f"CPU, {torch.get_num_threads()} threads",
+        "precision": study.precision,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}},
+        "commit": _commit(),
+        "training_seconds": study.training_seconds(),
+    }
+
+
+def as_json_table(frame: pd.DataFrame) -> dict:
+    """A table as the report reads it: ``columns`` and ``rows`` of text."""
+    return {"columns": list(frame.columns), "rows": frame.astype(str).values.tolist()}
+
+
+def save(notebook: str, study, values: dict, tables: dict[str, pd.DataFrame], headline: Sequence[dict] = ()) -> Path:
+    """Write ``<results_dir>/<profile>/<notebook>.json``, which the report reads; returns its path.
+
+    Args:
+        notebook: name of the notebook.
+        study: the :class:`~weightsum_lib.study.Study` that made the results.
+        values: key to number or text, for the prose.
+        tables: name to table.
+        headline: rows for the front page: ``task``, ``networks``, ``before``, ``after``, ``gap`` (intervals), ``n``.
+    """
+    content = {
+        "notebook": notebook,
+        "profile": study.params.profile,
+        "values": values,
+        "tables": {name: as_json_table(frame) for name, frame in tables.items()},
+        "headline": list(headline),
+        "provenance": provenance(study),
+    }
+    path = study.results / study.params.profile / f"{notebook}.json"
+    cache.write_json(path, content)
+    return path
+
+
+def values_of(rows: Sequence[dict], columns: Sequence[str], prefix: str = "") -> dict[str, float]:
+    """Flat keys for the prose, ``<prefix><method>.<column>``, with the mean of each summarized row."""
+    return {
+        f"{prefix}{row['method'].replace(' ', '_')}.{c}": row[c]["mean"] for row in rows for c in columns if row.get(c)
+    }

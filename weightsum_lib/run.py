@@ -1,0 +1,280 @@
+"""The one runner behind make, tests and CI: execute the notebooks with a parameter file, build the book."""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from weightsum_lib import cache, params
+from weightsum_lib.params import Params, ParamsError
+
+ROOT = cache.PACKAGE.parent
+NOTEBOOKS = ROOT / "notebooks"
+BOOK = ROOT / "book"
+PUBLISHED = BOOK / "published"
+
+
+class RunError(RuntimeError):
+    """The study can't go on; the message says why and what to do."""
+
+
+def notebook_names() -> list[str]:
+    """The notebooks in reading order."""
+    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.py"))
+
+
+def check(p: Params) -> None:
+    """Find out before any training whether the profile can run here.
+
+    Raises:
+        ParamsError: its device is not there.
+        DataError: one of its datasets is neither there nor allowed a stand-in, or is damaged.
+    """
+    from weightsum_lib import data, study
+
+    study.pick_device(p.device)
+    for name in params.DATASETS:
+        if name not in p.allow_standin or _prepared(p, name).exists():
+            data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images)
+
+
+def _prepared(p: Params, name: str) -> Path:
+    return Path(p.data_dir or os.devnull) / f"{name}.safetensors"
+
+
+def _stamp(name: str, p: Params) -> str:
+    """A digest of all that the executed notebook depends on."""
+    source = (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8")
+    modules = cache.imported_modules(source)
+    content = {"notebook": source, "library": cache.source_digest(*sorted(modules))}
+    if _takes_parameters(source):
+        prepared = {n: _prepared(p, n) for n in params.DATASETS}
+        content["params"] = p.as_dict()
+        content["data"] = {n: cache.file_sha256(f) for n, f in prepared.items() if f.is_file()}
+        content["device"] = p.device if p.device != "auto" else Path("/dev/nvidiactl").exists()
+    return cache.content_key(content)
+
+
+def _takes_parameters(source: str) -> bool:
+    return 'tags=["parameters"]' in source
+
+
+def execute(name: str, p: Params, folder: Path) -> bool:
+    """Execute one notebook with papermill unless nothing that it depends on has changed.
+
+    It runs aside; ``<folder>/<name>.ipynb`` is replaced in one piece, on success and on failure (then
+    with the traceback in it, and without the results that would be stale).
+
+    Returns:
+        whether it succeeded.
+    """
+    target, stamp_file = folder / f"{name}.ipynb", folder / f"{name}.stamp.json"
+    with cache.lock(folder / f"{name}.lock"):
+        stamp = _stamp(name, p)
+        if target.exists() and stamp_file.exists() and cache.read_json(stamp_file)["stamp"] == stamp:
+            print(f"{name}: up to date")
+            return True
+        stamp_file.unlink(missing_ok=True)
+        print(f"{name}: running with params/{p.profile}.yaml", flush=True)
+        started = time.perf_counter()
+        error = _papermill(name, p, target)
+        seconds = time.perf_counter() - started
+        if error:
+            (folder / f"{name}.json").unlink(missing_ok=True)
+            print(f"{name}: FAILED after {seconds:.0f} s: {error}\n  traceback: {target}", file=sys.stderr)
+            return False
+        cache.write_json(stamp_file, {"stamp": stamp, "seconds": seconds})
+        print(f"{name}: done in {seconds:.0f} s", flush=True)
+        return True
+
+
+def _papermill(name: str, p: Params, target: Path) -> str:
+    """Run one notebook into ``target``; returns what went wrong, or an empty string."""
+    import jupytext
+    import papermill
+
+    source = NOTEBOOKS / f"{name}.py"
+    notebook = jupytext.read(source)
+    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    values = p.as_dict() if _takes_parameters(source.read_text(encoding="utf-8")) else {}
+    with cache.replaced(target) as temporary, _terminal(target.with_suffix(".progress"), name):
+        aside = temporary.with_suffix(".ipynb")  # papermill looks at the suffix
+        draft = aside.with_stem(aside.stem + "-draft")
+        try:
+            jupytext.write(notebook, draft, fmt="ipynb")
+            papermill.execute_notebook(
+                draft,
+                aside,
+                values,
+                kernel_name="python3",
+                progress_bar=False,
+                cwd=ROOT,
+                extra_arguments=["--log-level=ERROR"],  # no word of the kernel's own on the terminal
+            )
+            error = ""
+        except papermill.PapermillExecutionError as failure:
+            error = f"{failure.ename}: {failure.evalue}"
+        finally:
+            draft.unlink(missing_ok=True)
+            if aside.exists():
+                aside.replace(temporary)
+    return error
+
+
+class _terminal:
+    """While a notebook runs: copy its progress lines to the terminal."""
+
+    def __init__(self, path: Path, name: str):
+        self.path, self.name, self.end = path, name, threading.Event()
+
+    def __enter__(self):
+        self.path.write_text("", encoding="utf-8")
+        os.environ["WEIGHTSUM_PROGRESS"] = str(self.path.resolve())
+        self.thread = threading.Thread(target=self._copy)
+        self.thread.start()
+
+    def _copy(self):
+        with open(self.path, encoding="utf-8") as file:
+            ended = False
+            while not ended:
+                ended = self.end.wait(0.5)
+                for line in file:
+                    print(f"  {self.name}: {line}", end="", flush=True)
+
+    def __exit__(self, *_):
+        self.end.set()
+        self.thread.join()
+        os.environ.pop("WEIGHTSUM_PROGRESS", None)
+        self.path.unlink(missing_ok=True)
+
+
+def own_kernel() -> None:
+    """Make Jupyter find this environment's ``python3`` kernel before any other on the machine."""
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
+    os.environ.pop("JUPYTER_PATH", None)
+    spec = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
+    if not spec.exists():
+        raise RunError(f"no kernel at {spec}; install ipykernel into this environment: `make setup`")
+
+
+def run_notebooks(p: Params) -> bool:
+    """Execute all notebooks of a profile, one after another; a failure doesn't stop the others."""
+    own_kernel()
+    # A second process that trains meanwhile would otherwise be starved by spinning threads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    folder = Path(p.results_dir) / p.profile
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = notebook_names()
+    stale = [n for n in todo if not _fresh(n, p, folder)]
+    if stale:
+        check(p)
+    return all([execute(name, p, folder) for name in todo])
+
+
+def _fresh(name: str, p: Params, folder: Path) -> bool:
+    stamp = folder / f"{name}.stamp.json"
+    return stamp.exists() and (folder / f"{name}.ipynb").exists() and cache.read_json(stamp)["stamp"] == _stamp(name, p)
+
+
+def build_book(folder: Path) -> Path:
+    """Build the report from executed notebooks and results; returns the path of its first page.
+
+    Args:
+        folder: holds ``<notebook>.ipynb`` and ``<notebook>.json``: a profile's results, or ``book/published``.
+
+    Raises:
+        RunError: nothing to build from, or a page has a broken link or a missing number.
+    """
+    missing = [name for name in notebook_names() if not (folder / f"{name}.ipynb").exists()]
+    if missing:
+        raise RunError(
+            f"{folder} has no executed {', '.join(missing)}; make them first: make all PROFILE={folder.name}"
+        )
+    html, stamp_file = BOOK / "_build" / "html", BOOK / "_build" / "stamp.json"
+    with cache.lock(BOOK / "_build" / "build.lock"):
+        source = BOOK / "_build" / "source"
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "published", "__pycache__"))
+        for kind, pattern in (("notebooks", "*.ipynb"), ("results", "*.json")):
+            (source / kind).mkdir()
+            for path in sorted(folder.glob(pattern)):
+                if not path.name.startswith(".") and not path.name.endswith(".stamp.json"):
+                    shutil.copyfile(path, source / kind / path.name)
+        from weightsum_lib import report
+
+        report.write_headline(folder, source / "results")
+        library = {path.name: path.read_text(encoding="utf-8") for path in sorted(cache.PACKAGE.glob("*.py"))}
+        files = {str(f.relative_to(source)): cache.file_sha256(f) for f in sorted(source.rglob("*")) if f.is_file()}
+        stamp = cache.content_key([files, library])
+        if stamp_file.exists() and (html / "index.html").exists() and cache.read_json(stamp_file)["stamp"] == stamp:
+            print("book: up to date")
+            return html / "index.html"
+        stamp_file.unlink(missing_ok=True)
+        shutil.rmtree(html, ignore_errors=True)
+        log = BOOK / "_build" / "build.log"
+        command = [sys.executable, "-m", "jupyter_book", "build", source, "--path-output", BOOK]
+        options = ["--all", "-W", "-n", "--keep-going", "-q"]
+        built = subprocess.run([*map(str, command), *options], capture_output=True, text=True)
+        log.write_text(built.stdout + built.stderr, encoding="utf-8")
+        if built.returncode:
+            lines = [
+                line for line in (built.stdout + built.stderr).splitlines() if "WARNING" in line or "ERROR" in line
+            ]
+            raise RunError(
+                "the book is not whole:\n  " + "\n  ".join(lines[:20] or [built.stderr[-2000:]]) + f"\nlog: {log}"
+            )
+        cache.write_json(stamp_file, {"stamp": stamp})
+    return html / "index.html"
+
+
+def _overrides(arguments) -> dict:
+    """Knobs from the command line (make's variables); empty ones are not set."""
+    values = {}
+    if arguments.data_dir:
+        values["data_dir"] = arguments.data_dir
+    if arguments.device:
+        values["device"] = arguments.device
+    if arguments.seeds:
+        if not arguments.seeds.isdigit():
+            raise ParamsError(f"SEEDS must be a number of seeds such as 3, got '{arguments.seeds}'")
+        values["seeds"] = int(arguments.seeds)
+    return values
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: ``python -m weightsum_lib.run {notebooks,book,all} --profile quick``."""
+    parser = argparse.ArgumentParser(prog="python -m weightsum_lib.run", description=__doc__)
+    parser.add_argument("step", choices=("notebooks", "book", "all"))
+    parser.add_argument("--profile", default="quick")
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--seeds", default="")
+    parser.add_argument("--device", default="")
+    arguments = parser.parse_args(argv)
+    os.chdir(ROOT)
+    try:
+        if arguments.profile == "published":
+            if arguments.step != "book":
+                raise ParamsError("'published' is a stored run, not a profile to run: make book PROFILE=published")
+            folder, succeeded = PUBLISHED, True
+        else:
+            p = params.read(arguments.profile, _overrides(arguments))
+            folder = Path(p.results_dir) / p.profile
+            succeeded = run_notebooks(p) if arguments.step != "book" else True
+        if arguments.step != "notebooks":
+            print(f"The report: {build_book(folder).resolve()}")
+        if not succeeded:
+            print("At least one notebook failed; its page in the report shows the traceback.", file=sys.stderr)
+        return 0 if succeeded else 1
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except ParamsError as error:
+        print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

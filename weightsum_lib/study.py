@@ -1,0 +1,231 @@
+"""Trained networks on request: trained once, then read from the cache under ``results/``."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from weightsum_lib import cache, data
+from weightsum_lib.params import Params, ParamsError
+from weightsum_lib.train import Run, RunConfig, as_dict, build, train
+from weightsum_lib.weights import weighted_sum
+
+PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # a file to which progress lines go, so that a notebook stays clean
+
+
+def report_progress(line: str) -> None:
+    """Say one line to whoever runs the study: into the runner's file, else on standard error."""
+    path = os.environ.get(PROGRESS_VARIABLE)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a profile: "auto" is CUDA where there is one.
+
+    Raises:
+        ParamsError: CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ParamsError(
+            "device 'cuda' is asked for, but torch sees no GPU here. Use PROFILE=quick, or DEVICE=cpu to insist"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(device: torch.device) -> str:
+    """ "bfloat16" where the hardware multiplies it natively, else "float32"."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    return "bfloat16" if "avx512_bf16" in _cpu_flags() else "float32"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return set()
+    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+
+
+class Study:
+    """The datasets and the trained networks of one profile.
+
+    Args:
+        params: the profile's knobs.
+
+    >>> study = Study(params.read("smoke"))                       # doctest: +SKIP
+    >>> run = study.run(study.config("joint ce", "mnist", "cifar10"))  # doctest: +SKIP
+    """
+
+    def __init__(self, params: Params):
+        self.params = params
+        self.device = pick_device(params.device)
+        self.precision = pick_precision(self.device)
+        # relative folders are the repository's, wherever the notebook runs
+        self.results = cache.PACKAGE.parent / params.results_dir
+        self.data_dir = str(cache.PACKAGE.parent / params.data_dir) if params.data_dir else ""
+        self._datasets: dict[str, data.Dataset] = {}
+        self._runs: dict[str, Run] = {}
+
+    def dataset(self, name: str) -> data.Dataset:
+        """One of the datasets, on the study's device."""
+        if name not in self._datasets:
+            p = self.params
+            loaded = data.load(
+                name, self.data_dir, p.allow_standin, p.train_images, p.test_images, str(self.results / "standins")
+            )
+            self._datasets[name] = loaded.to(self.device)
+        return self._datasets[name]
+
+    def config(self, method: str, main: str, support: str = "", seed: int = 0, start: str = "random") -> RunConfig:
+        """The run behind one row of the report.
+
+        Args:
+            method: a label of ``params.methods``.
+            main: dataset of the main network.
+            support: dataset of the support network (joint), or of the network added before fine-tuning (sequential).
+            seed: number of the repetition.
+            start: for ``sequential``, what is fine-tuned: "sum", "main" or "random".
+        """
+        p, m = self.params, self.params.method(method)
+        shared = {k: getattr(p, k) for k in ("arch", "width", "dropout", "epoch_images", "epochs", "batch_size")}
+        shared |= {"learning_rate": p.learning_rate, "weight_decay": p.weight_decay, "precision": self.precision}
+        config = RunConfig(protocol=m.protocol, main=main, seed=seed, **shared)
+        if m.protocol == "joint":
+            terms = {"third": m.third, "third_weight": m.third_weight, "symmetric": m.symmetric}
+            return replace(config, support=support, third_ramp=p.third_ramp, **terms)
+        if m.protocol == "sequential":
+            return replace(config, support=support, start=start, finetune_epochs=p.finetune_epochs)
+        return config
+
+    def alone(self, config: RunConfig) -> RunConfig:
+        """The independent run of a sequential run's main task."""
+        return replace(config, protocol="independent", support="", start="random", finetune_epochs=0)
+
+    def _parents(self, config: RunConfig) -> list[RunConfig]:
+        """The independent runs that a sequential run starts from."""
+        if config.protocol != "sequential" or config.start == "random":
+            return []
+        alone = self.alone(config)
+        return [alone] + ([replace(alone, main=config.support)] if config.start == "sum" else [])
+
+    def _folder(self, config: RunConfig) -> Path:
+        key = {
+            "config": as_dict(config),
+            "data": {name: self.dataset(name).describe() for name in (config.main, config.support) if name},
+            "device": self.device.type,
+            "code": cache.source_digest("train"),
+        }
+        return self.results / "runs" / cache.content_key(key)
+
+    def run(self, config: RunConfig) -> Run:
+        """The finished run: from the cache, or trained now (one process at a time, resumable after each epoch)."""
+        return self.train_all([config])[0]
+
+    def train_all(self, configs: Sequence[RunConfig]) -> list[Run]:
+        """Finish several runs, with one line an epoch and an estimate of the time left for all of them."""
+        queue = list(dict.fromkeys(c for config in configs for c in (*self._parents(config), config)))
+        folders = {config: self._folder(config) for config in queue}
+        missing = [c for c in queue if not (folders[c] / "run.json").exists()]
+        work = {c: c.passes * c.trained_epochs for c in missing}
+        progress = _Progress(sum(work.values()), len(missing))
+        for config in missing:
+            with cache.lock(self.results / "training.lock"):
+                if not (folders[config] / "run.json").exists():  # another process may have been faster
+                    self._train(config, folders[config], progress)
+        return [self._load(config, folders[config]) for config in configs]
+
+    def _train(self, config: RunConfig, folder: Path, progress: "_Progress") -> None:
+        progress.next(config)
+        names = [name for name in (config.main, config.support) if name]
+        parents = [run.networks["main"].state_dict() for run in map(self.run, self._parents(config))]
+        start = weighted_sum(parents, [1.0] * len(parents)) if parents else None
+        if config.start == "sum":  # a sum has no statistics of its own
+            fresh = build(config)
+            start |= {name: buffer for name, buffer in fresh.named_buffers()}
+        folder.mkdir(parents=True, exist_ok=True)
+        run = train(
+            config,
+            {name: self.dataset(name) for name in names},
+            start=start,
+            checkpoint=folder / "checkpoint.safetensors",
+            on_epoch=progress.epoch,
+        )
+        tensors = {f"{r}/{k}": v.contiguous() for r, n in run.networks.items() for k, v in n.state_dict().items()}
+        with cache.replaced(folder / "networks.safetensors") as temporary:
+            save_file(tensors, temporary)
+        content = {
+            "config": as_dict(config),
+            "data": {name: self.dataset(name).describe() for name in names},
+            "history": run.history,
+            "checksum": cache.file_sha256(folder / "networks.safetensors"),
+        }
+        cache.write_json(folder / "run.json", content)
+
+    def _load(self, config: RunConfig, folder: Path) -> Run:
+        if folder.name not in self._runs:
+            content, path = cache.read_json(folder / "run.json"), folder / "networks.safetensors"
+            if not path.exists() or cache.file_sha256(path) != content["checksum"]:
+                raise RuntimeError(f"{path} is damaged or missing; delete the folder {folder} to train it again")
+            tensors, networks = load_file(path, device=str(self.device)), {}
+            for role in config.roles:
+                networks[role] = build(config, role).to(self.device).eval()
+                state = {k.removeprefix(f"{role}/"): v for k, v in tensors.items() if k.startswith(f"{role}/")}
+                networks[role].load_state_dict(state)
+            self._runs[folder.name] = Run(config, networks, content["history"])
+        return self._runs[folder.name]
+
+    def describe_data(self) -> dict[str, dict]:
+        """What was read so far, by dataset (:meth:`weightsum_lib.data.Dataset.describe`)."""
+        return {name: dataset.describe() for name, dataset in sorted(self._datasets.items())}
+
+    def training_seconds(self) -> float:
+        """Seconds that it took to train all runs used so far, whenever that was."""
+        return sum(row["seconds"] for run in self._runs.values() for row in run.history)
+
+    def measured(self, what: str, configs: Sequence[RunConfig], settings: dict, compute: Callable[[], object]):
+        """A JSON-able measurement of finished runs, computed once for the same runs, settings, data and code."""
+        p = self.params
+        key = {
+            "what": what,
+            "runs": [self._folder(config).name for config in configs],
+            "settings": {**settings, "calibration_images": p.calibration_images, "test_images": p.test_images},
+            "data": {name: d.describe() for name, d in sorted(self._datasets.items()) if name in settings["data"]},
+            "code": cache.source_digest("evaluate"),
+        }
+        path = self.results / "measurements" / f"{cache.content_key(key)}.json"
+        if not path.exists():
+            cache.write_json(path, {"key": key, "value": compute()})
+        return cache.read_json(path)["value"]
+
+
+class _Progress:
+    """Lines for the terminal: where a queue of runs stands, and how long the rest will take."""
+
+    def __init__(self, total: int, runs: int):
+        self.total, self.runs, self.started = total, runs, time.perf_counter()
+        self.done = self.number = 0
+        self.config = None
+
+    def next(self, config: RunConfig) -> None:
+        self.number, self.config = self.number + 1, config
+
+    def epoch(self, row: dict) -> None:
+        self.done += self.config.passes
+        left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
+        losses = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
+        values = " ".join(f"{k.removeprefix('val_')} {v:.1f}" for k, v in row.items() if k.startswith("val_"))
+        report_progress(
+            f"run {self.number}/{self.runs} {self.config.describe()} | "
+            f"epoch {row['epoch']}/{self.config.trained_epochs} {row['seconds']:.0f} s | "
+            f"loss {losses} | validation % {values} | about {max(left, 0) / 60:.1f} min left"
+        )

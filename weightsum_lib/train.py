@@ -1,0 +1,321 @@
+"""One training run: a function of a frozen configuration, its datasets, and the weights it starts from."""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from weightsum_lib import cache
+from weightsum_lib.losses import three_term_loss
+from weightsum_lib.models import ARCHITECTURES, normalize
+from weightsum_lib.weights import WeightSum
+
+_SHIFT = 2  # pixels by which a training image is moved at most
+_FLIPPED = ("cifar10",)  # digits are never mirrored
+_MAX_GRADIENT = 5.0  # L2 norm to which the gradient is clipped: early steps of a sum can be wild
+_WARMUP = 0.2  # share of the steps in which the learning rate grows
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run depends on besides its datasets and the code.
+
+    ``protocol`` is "independent" (one network on ``main``), "joint" (a pair, with the third term on its
+    sum) or "sequential" (fine-tuning on ``main`` from ``start``: "sum" of two independent networks,
+    "main" alone, or "random" weights).
+    """
+
+    protocol: str
+    main: str
+    support: str = ""
+    seed: int = 0
+    arch: str = "vgg8"
+    width: float = 1.0
+    dropout: float = 0.25
+    epoch_images: int = 50_000
+    epochs: int = 1
+    finetune_epochs: int = 0
+    batch_size: int = 128
+    learning_rate: float = 0.02
+    weight_decay: float = 5e-4
+    third: str = "none"
+    third_weight: float = 1.0
+    third_ramp: float = 0.0
+    symmetric: bool = False
+    start: str = "random"
+    precision: str = "float32"
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The networks that this run trains: role to dataset."""
+        return {"main": self.main, "support": self.support} if self.protocol == "joint" else {"main": self.main}
+
+    @property
+    def trained_epochs(self) -> int:
+        """Epochs that this run itself trains."""
+        return self.finetune_epochs if self.protocol == "sequential" else self.epochs
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a network in one step, a measure of the work."""
+        return {"joint": 4 if self.symmetric else 3}.get(self.protocol, 1)
+
+    def describe(self) -> str:
+        """A short name for a line on the terminal."""
+        how = f"{self.protocol} {self.third}" if self.protocol == "joint" else self.protocol
+        how += f" from {self.start}" if self.protocol == "sequential" else ""
+        tasks = "+".join(self.roles.values())
+        return f"{how} {tasks} seed {self.seed}"
+
+    def stream(self, role: str, purpose: str) -> int:
+        """The seed of one random stream: no two networks share one unless they are the same network.
+
+        A support network has streams of its own for each main task, so that the main networks of two
+        pairs never meet through it.
+        """
+        owner = {
+            "independent": f"{self.main} alone",
+            "joint": f"{self.main} with support" if role == "main" else f"{self.support} as support of {self.main}",
+            "sequential": f"{self.main} fine-tuned from {self.start}",
+        }[self.protocol]
+        text = f"{self.seed}/{owner}/{purpose}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+@dataclass
+class Run:
+    """A finished run: its networks by role ("main", "support") in evaluation mode, and a row for each epoch."""
+
+    config: RunConfig
+    networks: dict[str, nn.Module]
+    history: list[dict]
+
+
+def build(config: RunConfig, role: str = "main") -> nn.Module:
+    """The untrained network of a run, its weights drawn from its own stream."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.stream(role, "initialization"))
+        network = ARCHITECTURES[config.arch](width=config.width, dropout=config.dropout)
+    return network.to(memory_format=torch.channels_last)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The forward pass's precision: "float32", or "bfloat16" with float32 weights."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def augment(images: Tensor, generator: torch.Generator, flip: bool) -> Tensor:
+    """Shift each image by up to two pixels each way (black comes in) and, if ``flip``, mirror every other at random.
+
+    Args:
+        images: uint8 (N, 3, 32, 32), on the generator's device.
+        generator: the stream that is drawn from.
+        flip: whether mirrored images keep their label.
+
+    Returns:
+        uint8 (N, 3, 32, 32).
+    """
+    n, _, height, width = images.shape
+    padded = torch.nn.functional.pad(images, (_SHIFT,) * 4)
+    draw = torch.randint(0, 2 * _SHIFT + 1, (2, n, 1), generator=generator, device=images.device)
+    rows = draw[0] + torch.arange(height, device=images.device)
+    columns = draw[1] + torch.arange(width, device=images.device)
+    if flip:
+        mirrored = torch.rand((n, 1), generator=generator, device=images.device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(n, device=images.device)[:, None, None]
+    return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+class _Batches:
+    """Shuffled, augmented batches of one task without end: epoch e depends on the stream and e only."""
+
+    def __init__(self, config: RunConfig, role: str, dataset, steps: int):
+        self.config, self.role, self.dataset, self.steps = config, role, dataset, steps
+        self.flip = dataset.name in _FLIPPED
+
+    def epoch(self, epoch: int):
+        """Yield the epoch's ``steps`` batches: network input (N, 3, 32, 32) and labels (N,)."""
+        images, labels = self.dataset.train_images, self.dataset.train_labels
+        generator = torch.Generator(images.device)
+        generator.manual_seed(self.config.stream(self.role, f"order of epoch {epoch}"))
+        wanted, order = self.steps * self.config.batch_size, []
+        while sum(map(len, order)) < wanted:
+            order.append(torch.randperm(len(labels), generator=generator, device=images.device))
+        for index in torch.cat(order)[:wanted].split(self.config.batch_size):
+            yield normalize(augment(images[index], generator, self.flip)), labels[index]
+
+
+def _learning_rate(config: RunConfig, progress: float) -> float:
+    """Linear warm-up, then a half cosine to zero; ``progress`` runs from 0 to 1."""
+    if progress < _WARMUP:
+        return config.learning_rate * progress / _WARMUP
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * (progress - _WARMUP) / (1 - _WARMUP)))
+
+
+def _third_weight(config: RunConfig, progress: float) -> float:
+    """The third term's factor: grows linearly in the first ``third_ramp`` of the steps."""
+    return config.third_weight * min(1.0, progress / config.third_ramp if config.third_ramp else 1.0)
+
+
+def _step_losses(config, networks, total, batches, progress) -> dict[str, Tensor]:
+    """One step's named losses; ``batches`` holds (x, y) by role, ``total`` is the sum or None."""
+    x, y = batches["main"]
+    logits = networks["main"](x).float()
+    if total is None:
+        loss = torch.nn.functional.cross_entropy(logits, y)
+        return {"total": loss, "main": loss}
+    x_support, y_support = batches["support"]
+    terms = three_term_loss(
+        logits,
+        y,
+        networks["support"](x_support).float(),
+        y_support,
+        total(x).float(),
+        third=config.third,
+        weight=_third_weight(config, progress),
+        logits_sum_support=total(x_support).float() if config.symmetric else None,
+    )
+    return terms._asdict()
+
+
+@torch.no_grad()
+def count_correct(network: nn.Module, images: Tensor, labels: Tensor, precision: str, batch: int = 500) -> int:
+    """Images that a network in evaluation mode puts into the right class.
+
+    Args:
+        network: in evaluation mode.
+        images: uint8 (N, 3, 32, 32).
+        labels: (N,) integers.
+        precision: see :func:`autocast`.
+        batch: images at a time.
+    """
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    with autocast(precision, images.device):
+        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
+            correct += (network(normalize(x)).argmax(1) == y).sum()
+    return correct.item()
+
+
+def train(
+    config: RunConfig,
+    datasets: Mapping,
+    *,
+    start: Mapping[str, Tensor] | None = None,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[dict], None] = lambda row: None,
+) -> Run:
+    """Train the networks of one configuration.
+
+    Args:
+        config: what to train.
+        datasets: name to :class:`~weightsum_lib.data.Dataset`, on the device to train on.
+        start: state dict to fine-tune from, for ``sequential`` runs that don't start at random.
+        checkpoint: file that keeps the state after each epoch, so that a killed run goes on from there
+            with the same numbers; removed when the run ends.
+        on_epoch: called with each epoch's row: ``epoch`` (from 1), mean training losses
+            ``loss_main``, ``loss_support``, ``loss_third`` (nats), validation accuracies
+            ``val_main``, ``val_support``, ``val_sum`` (percent), ``seconds``.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite; says in which epoch.
+    """
+    device = datasets[config.main].train_images.device
+    networks = {role: build(config, role).to(device) for role in config.roles}
+    if start is not None:
+        networks["main"].load_state_dict(start)
+    total = WeightSum(list(networks.values())) if config.protocol == "joint" and config.third != "none" else None
+    modules = {**networks, **({"sum": total} if total else {})}
+    parameters = [p for network in networks.values() for p in network.parameters()]
+    optimizer = torch.optim.SGD(
+        parameters, lr=config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True
+    )
+    steps = config.epoch_images // config.batch_size
+    loaders = {role: _Batches(config, role, datasets[name], steps) for role, name in config.roles.items()}
+    history = _restore(checkpoint, modules, parameters, optimizer, config)
+    for epoch in range(len(history), config.trained_epochs):
+        started = time.perf_counter()
+        for module in modules.values():
+            module.train()
+        sums: dict[str, Tensor] = {}
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(config.stream("main", f"dropout of epoch {epoch}"))
+            for step, batches in enumerate(zip(*(loader.epoch(epoch) for loader in loaders.values()), strict=True)):
+                progress = (epoch * steps + step) / (config.trained_epochs * steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = _learning_rate(config, progress)
+                with autocast(config.precision, device):
+                    losses = _step_losses(config, networks, total, dict(zip(loaders, batches, strict=True)), progress)
+                losses["total"].backward()
+                nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                for name, loss in losses.items():  # read once an epoch: no waiting for the device in between
+                    sums[name] = sums.get(name, 0) + loss.detach()
+        row = {"epoch": epoch + 1}
+        row |= {f"loss_{name}": (value / steps).item() for name, value in sums.items() if name != "total"}
+        if not math.isfinite((sums["total"] / steps).item()):
+            raise FloatingPointError(
+                f"{config.describe()}: the loss is not finite in epoch {epoch + 1}; "
+                f"lower learning_rate (now {config.learning_rate}) or raise third_ramp (now {config.third_ramp})"
+            )
+        for role, module in modules.items():
+            module.eval()
+            dataset = datasets[config.support if role == "support" else config.main]
+            correct = count_correct(module, dataset.val_images, dataset.val_labels, config.precision)
+            row[f"val_{role}"] = 100 * correct / len(dataset.val_labels)
+        row["seconds"] = time.perf_counter() - started
+        history.append(row)
+        _save(checkpoint, modules, parameters, optimizer, history)
+        on_epoch(row)
+    if checkpoint:
+        checkpoint.unlink(missing_ok=True)
+    for network in networks.values():
+        network.eval()
+    return Run(config, networks, history)
+
+
+def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What training changes besides the parameters: batch-norm statistics, the sum's own among them."""
+    return {f"buffer.{role}.{name}": b for role, m in modules.items() for name, b in m.named_buffers()}
+
+
+def _save(checkpoint, modules, parameters, optimizer, history) -> None:
+    if checkpoint is None:
+        return
+    tensors = {name: b.clone().contiguous() for name, b in _buffers(modules).items()}
+    for i, p in enumerate(parameters):
+        tensors[f"parameter.{i}"] = p.detach().contiguous()
+        tensors[f"momentum.{i}"] = optimizer.state[p]["momentum_buffer"].contiguous()
+    with cache.replaced(checkpoint) as temporary:
+        save_file(tensors, temporary, metadata={"history": json.dumps(history)})
+
+
+@torch.no_grad()
+def _restore(checkpoint, modules, parameters, optimizer, config) -> list[dict]:
+    """Load a checkpoint into the run and return its history; an empty history where there is none."""
+    if checkpoint is None or not checkpoint.exists():
+        return []
+    from safetensors import safe_open
+
+    with safe_open(checkpoint, "pt") as file:
+        history = json.loads(file.metadata()["history"])
+    tensors = load_file(checkpoint)
+    for name, buffer in _buffers(modules).items():
+        buffer.copy_(tensors[name])
+    for i, p in enumerate(parameters):
+        p.copy_(tensors[f"parameter.{i}"])
+        optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{i}"])
+    return history
+
+
+def as_dict(config: RunConfig) -> dict:
+    """The configuration as JSON-able content."""
+    return asdict(config)
