@@ -13,7 +13,7 @@ RUN = $(PY) -m weightsum_lib.run
 OPTIONS = --profile "$(PROFILE)" --data-dir "$(DATA_DIR)" --seeds "$(SEEDS)" --device "$(DEVICE)"
 
 .DEFAULT_GOAL := help
-.PHONY: help all setup notebooks book lab test lock clean
+.PHONY: help all setup notebooks book publish lab test lock clean
 
 help:  ## Print this help.
 	@echo "make TARGET [PROFILE=smoke|quick|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda]"
@@ -48,6 +48,9 @@ notebooks: setup  ## Run the notebooks of PROFILE, but for those that nothing ha
 
 book: setup  ## Build the report from what has been run (also PROFILE=published: no training).
 	@$(RUN) book $(OPTIONS)
+
+publish: setup  ## Keep the finished run of PROFILE as book/published, and its table in the README.
+	@$(RUN) publish $(OPTIONS)
 
 lab: setup  ## Open JupyterLab on the paired notebooks.
 	@$(PY) -m jupytext --quiet --sync notebooks/*.py

@@ -1,4 +1,6 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -108,3 +110,37 @@ def test_figures_have_a_message_axes_with_units_and_n():
     assert figure._suptitle.get_text() == "the message"
     label = figure.axes[0].get_xlabel()
     assert "accuracy (%)" in label and "n = 3 seeds, bars: 95 % interval" in label
+
+
+PUBLISHED = Path(__file__).parent.parent / "book" / "published"
+
+
+def test_the_readme_shows_the_published_numbers():
+    readme = (PUBLISHED.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert report.readme_headline(PUBLISHED) in readme
+
+
+def test_the_published_run_is_whole_and_names_its_data_and_commit():
+    content = json.loads((PUBLISHED / "headline.json").read_text(encoding="utf-8"))
+    assert content["provenance"]["commit"] not in ("", "unknown")
+    for name, described in content["provenance"]["data"].items():
+        assert described["source"] in ("real", "stand-in"), name
+    for path in PUBLISHED.iterdir():
+        assert path.stat().st_size < 2 * 2**20, path
+        if path.suffix in (".json", ".ipynb", ".yaml"):
+            assert not re.search(r"[\"' ]/(?:home|root|work|tmp|Users)/", path.read_text(encoding="utf-8")), path
+
+
+def test_publishing_replaces_the_readme_block_only(tmp_path):
+    source, readme = tmp_path / "run", tmp_path / "README.md"
+    source.mkdir()
+    for path in PUBLISHED.glob("[0-9]*"):
+        (source / path.name).write_bytes(path.read_bytes())
+    (source / "01_mnist_cifar10.stamp.json").write_text("{}")
+    readme.write_text(f"before\n{report._BEGIN}old\n{report._END}after\n", encoding="utf-8")
+    report.publish(source, tmp_path / "published", readme)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert report.readme_headline(PUBLISHED) in text
+    assert (tmp_path / "published" / "params.yaml").exists()
+    assert not list((tmp_path / "published").glob("*.stamp.json"))

@@ -64,7 +64,9 @@ def test_the_study_runs_from_nothing_to_a_report(house):
         assert (house.html / "notebooks" / f"{name}.html").exists()
         kinds = {o.output_type for c in house.notebook(name).cells for o in c.get("outputs", [])}
         assert "error" not in kinds
-    finding = cache.read_json(house.results / "01_mnist_cifar10.json")["values"]["finding"]
+    result = cache.read_json(house.results / "01_mnist_cifar10.json")
+    assert result["provenance"]["params"]["device"] == "cpu"  # injected: the notebook's own default is "auto"
+    finding = result["values"]["finding"]
     words = re.sub(r"<[^>]+>|`", "", (house.html / "index.html").read_text(encoding="utf-8"))
     assert finding.replace("`", "")[:60] in re.sub(r"\s+", " ", words)
 

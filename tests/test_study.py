@@ -146,7 +146,7 @@ def test_the_plane_holds_the_sum_and_the_networks_alone(tiny):
     one = plane["coefficients"].index(1.0)
     theta_m = study.run(study.config("joint ce", "mnist", "cifar10")).networks["main"]
     mnist = study.dataset("mnist")
-    alone = accuracy(theta_m, mnist.train_images[: tiny.calibration_images], mnist, study.precision, "val")
+    alone = accuracy(theta_m, mnist.train_images[: tiny.calibration_images], mnist, study.precision, "val", 300)
     assert plane["mnist"][one][0] == alone
 
 

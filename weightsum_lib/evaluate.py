@@ -15,7 +15,12 @@ from weightsum_lib.weights import WeightSum, compare_layers
 
 
 def accuracy(
-    network: nn.Module, calibration: Tensor, dataset: Dataset, precision: str = "float32", split: str = "test"
+    network: nn.Module,
+    calibration: Tensor,
+    dataset: Dataset,
+    precision: str = "float32",
+    split: str = "test",
+    limit: int | None = None,
 ) -> float:
     """Percent of a split that a network gets right, its batch-norm statistics re-estimated first.
 
@@ -25,9 +30,10 @@ def accuracy(
         dataset: what is tested.
         precision: of the forward pass, see :func:`weightsum_lib.train.autocast`.
         split: "test", or "val" for everything that a choice may depend on.
+        limit: only the first so many images of the split.
     """
     network = network.materialize() if isinstance(network, WeightSum) else copy.deepcopy(network)
-    images, labels = getattr(dataset, f"{split}_images"), getattr(dataset, f"{split}_labels")
+    images, labels = getattr(dataset, f"{split}_images")[:limit], getattr(dataset, f"{split}_labels")[:limit]
     with autocast(precision, images.device):
         recalibrate(network, normalize(calibration))
     return 100 * count_correct(network.eval(), images, labels, precision) / len(labels)
@@ -99,14 +105,12 @@ def before_after(study: Study, main: str, support: str) -> list[dict]:
     for method, seed in _rows(study):
         configs = pair_configs(study, method, main, support, seed)
         if study.params.method(method).protocol == "sequential":
+            alone = study.alone(configs["main"])
+            before = _measure(study, "alone", [alone], (main,), lambda c=alone: _alone_row(study, c))
             for start, config in configs.items():
-                rows.append({"method": f"{method}, from {_START[start]}", "seed": seed})
+                rows.append({"method": f"{method}, from {_START[start]}", "seed": seed, **before})
                 rows[-1] |= _measure(
-                    study,
-                    "fine-tuned",
-                    [config],
-                    (main, support),
-                    lambda config=config: _fine_tuned_row(study, config),
+                    study, "fine-tuned", [config], (main, support), lambda c=config: _fine_tuned_row(study, c)
                 )
         else:
             rows.append({"method": method, "seed": seed})
@@ -138,10 +142,14 @@ def _pair_row(study, method, main, support, seed) -> dict:
 
 
 def _fine_tuned_row(study, config: RunConfig) -> dict:
-    alone = study.run(study.alone(config)).networks["main"]
     tuned = study.run(config).networks["main"]
-    (before, _), (after, support_after) = _tested(study, (alone, tuned), (config.main, config.support))
-    return {"before": before, "after": after, "support_after": support_after}
+    ((after, support_after),) = _tested(study, (tuned,), (config.main, config.support))
+    return {"after": after, "support_after": support_after}
+
+
+def _alone_row(study, config: RunConfig) -> dict:
+    ((before,),) = _tested(study, (study.run(config).networks["main"],), (config.main,))
+    return {"before": before}
 
 
 def layer_rows(study: Study, main: str, support: str, seed: int = 0) -> list[dict]:
@@ -182,16 +190,16 @@ def coefficient_plane(study: Study, method: str, first: str, second: str, suppor
             a, b = pair_networks(study, method, first, second, seed)
         grid = {first: [], second: []}
         for name, rows in grid.items():
-            dataset, images = study.dataset(name), calibration_images(study, [name])[:_PLANE_CALIBRATION]
+            dataset, images = study.dataset(name), calibration_images(study, [name])[:_PLANE_IMAGES]
             for alpha in coefficients:
                 sums = [WeightSum([a, b], [alpha, beta]) for beta in coefficients]
-                rows.append([accuracy(s, images, dataset, study.precision, "val") for s in sums])
+                rows.append([accuracy(s, images, dataset, study.precision, "val", _PLANE_IMAGES) for s in sums])
         return {"coefficients": coefficients, **grid}
 
     return _measure(study, "plane", configs, (first, second), compute, points=study.params.plane_points)
 
 
-_PLANE_CALIBRATION = 300  # images for one point of the plane: many points, little precision needed
+_PLANE_IMAGES = 300  # to calibrate and to test one point of the plane: many points, little precision needed
 
 
 def main_config(study: Study, method: str, main: str, support: str, seed: int) -> RunConfig:

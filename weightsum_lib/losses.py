@@ -65,11 +65,12 @@ def three_term_loss(
     The readings of the third term, with z_m = f(x_m; θ_m) and z_sum = f(x_m; θ_m + θ_c):
 
     - ``none``: 0, two networks that never meet.
-    - ``ce``: CE(z_sum, y_m), the sum must solve the main task.
-    - ``signed_gap``: CE(z_sum, y_m) − CE(z_m, y_m), the letter of the question; at weight 1 it cancels the first term.
-    - ``loss_gap``: |CE(z_sum, y_m) − CE(z_m, y_m)|, which can also be met by making θ_m worse.
-    - ``distill``: KL(softmax z_m ‖ softmax z_sum) with z_m detached, in nats (Hinton et al. 2015).
-    - ``logit_difference``: CE(z_sum − z_m, y_m).
+    - ``ce``: ``CE(z_sum, y_m)``, the sum must solve the main task.
+    - ``signed_gap``: ``CE(z_sum, y_m) − CE(z_m, y_m)``, the letter of the question; at weight 1 it
+      cancels the first term.
+    - ``loss_gap``: ``|CE(z_sum, y_m) − CE(z_m, y_m)|``, which can also be met by making θ_m worse.
+    - ``distill``: ``KL(softmax z_m ‖ softmax z_sum)`` with z_m detached, in nats (Hinton et al. 2015).
+    - ``logit_difference``: ``CE(z_sum − z_m, y_m)``.
 
     Args:
         logits_main: z_m (N, classes) of θ_m on the main task's images.

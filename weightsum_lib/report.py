@@ -1,6 +1,9 @@
 """The front page's table, figure and provenance, from the results of all notebooks."""
 
+import shutil
 from pathlib import Path
+
+import yaml
 
 from weightsum_lib import cache, plots, results
 from weightsum_lib.params import DATASETS
@@ -82,3 +85,43 @@ def write_headline(folder: Path, target: Path) -> None:
         "provenance": last,
     }
     cache.write_json(target / "headline.json", content)
+
+
+def publish(folder: Path, target: Path, readme: Path) -> None:
+    """Keep a finished run as the published one, and bring the README's headline up to date.
+
+    Args:
+        folder: a profile's results.
+        target: ``book/published``; what was there is replaced.
+        readme: the README.
+    """
+    aside = target.with_name(f".{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for path in sorted(folder.glob("[0-9]*")):
+        if path.suffix == ".ipynb" or (path.suffix == ".json" and not path.name.endswith(".stamp.json")):
+            shutil.copyfile(path, aside / path.name)
+    write_headline(folder, aside)
+    params = cache.read_json(aside / "headline.json")["provenance"]["params"]
+    text = "# The parameters of this run, overrides included.\n" + yaml.safe_dump(params, sort_keys=False)
+    (aside / "params.yaml").write_text(text, encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    head, rest = readme.read_text(encoding="utf-8").split(_BEGIN)
+    tail = rest.split(_END)[1]
+    readme.write_text(head + _BEGIN + readme_headline(target) + _END + tail, encoding="utf-8")
+
+
+_BEGIN, _END = "<!-- headline: from book/published -->\n", "<!-- /headline -->\n"
+
+
+def readme_headline(published: Path) -> str:
+    """The README's table and figure, in Markdown, from the published run."""
+    content = cache.read_json(published / "headline.json")
+    table, values = content["tables"]["headline"], content["values"]
+    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+    return (
+        "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        + "\n\n![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)\n\n"
+        + f"{values['run_notice']} {values['data_notice'].replace('on this page', 'in this table')}\n"
+    )

@@ -60,7 +60,7 @@ def _stamp(name: str, p: Params) -> str:
 
 
 def _takes_parameters(source: str) -> bool:
-    return 'tags=["parameters"]' in source
+    return 'tags=["parameters"' in source
 
 
 def execute(name: str, p: Params, folder: Path) -> bool:
@@ -121,6 +121,10 @@ def _papermill(name: str, p: Params, target: Path) -> str:
         finally:
             draft.unlink(missing_ok=True)
             if aside.exists():
+                executed = jupytext.read(aside)
+                for key in ("input_path", "output_path"):  # where this machine keeps its files is nobody's business
+                    executed.metadata.get("papermill", {}).pop(key, None)
+                jupytext.write(executed, aside, fmt="ipynb")
                 aside.replace(temporary)
     return error
 
@@ -164,8 +168,8 @@ def own_kernel() -> None:
 def run_notebooks(p: Params) -> bool:
     """Execute all notebooks of a profile, one after another; a failure doesn't stop the others."""
     own_kernel()
-    # A second process that trains meanwhile would otherwise be starved by spinning threads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads that spin for long while they wait would starve every other process that computes meanwhile.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     folder = Path(p.results_dir) / p.profile
     folder.mkdir(parents=True, exist_ok=True)
     todo = notebook_names()
@@ -178,6 +182,30 @@ def run_notebooks(p: Params) -> bool:
 def _fresh(name: str, p: Params, folder: Path) -> bool:
     stamp = folder / f"{name}.stamp.json"
     return stamp.exists() and (folder / f"{name}.ipynb").exists() and cache.read_json(stamp)["stamp"] == _stamp(name, p)
+
+
+def _check_executed(folder: Path) -> None:
+    missing = [name for name in notebook_names() if not (folder / f"{name}.ipynb").exists()]
+    if missing:
+        raise RunError(
+            f"{folder} has no executed {', '.join(missing)}; make them first: make all PROFILE={folder.name}"
+        )
+
+
+def publish(folder: Path) -> None:
+    """Keep a profile's finished run as ``book/published`` and update the README from it.
+
+    Raises:
+        RunError: the run is not whole, or one of its notebooks has failed.
+    """
+    from weightsum_lib import report
+
+    _check_executed(folder)
+    failed = [name for name in notebook_names() if not (folder / f"{name}.stamp.json").exists()]
+    if failed:
+        raise RunError(f"{', '.join(failed)} in {folder} failed; a published run has to be whole")
+    report.publish(folder, PUBLISHED, ROOT / "README.md")
+    print(f"published: {PUBLISHED}, README.md")
 
 
 def build_book(folder: Path) -> Path:
@@ -216,9 +244,9 @@ def build_book(folder: Path) -> Path:
         stamp_file.unlink(missing_ok=True)
         shutil.rmtree(html, ignore_errors=True)
         log = BOOK / "_build" / "build.log"
-        command = [sys.executable, "-m", "jupyter_book", "build", source, "--path-output", BOOK]
-        options = ["--all", "-W", "-n", "--keep-going", "-q"]
-        built = subprocess.run([*map(str, command), *options], capture_output=True, text=True)
+        command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", source]
+        options = ["--path-output", BOOK, "--all", "-W", "-n", "--keep-going", "-q"]
+        built = subprocess.run([*map(str, command + options)], capture_output=True, text=True)
         log.write_text(built.stdout + built.stderr, encoding="utf-8")
         if built.returncode:
             lines = [
@@ -248,7 +276,7 @@ def _overrides(arguments) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """The command line: ``python -m weightsum_lib.run {notebooks,book,all} --profile quick``."""
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.run", description=__doc__)
-    parser.add_argument("step", choices=("notebooks", "book", "all"))
+    parser.add_argument("step", choices=("notebooks", "book", "all", "publish"))
     parser.add_argument("--profile", default="quick")
     parser.add_argument("--data-dir", default="")
     parser.add_argument("--seeds", default="")
@@ -263,8 +291,10 @@ def main(argv: list[str] | None = None) -> int:
         else:
             p = params.read(arguments.profile, _overrides(arguments))
             folder = Path(p.results_dir) / p.profile
-            succeeded = run_notebooks(p) if arguments.step != "book" else True
-        if arguments.step != "notebooks":
+            succeeded = run_notebooks(p) if arguments.step in ("notebooks", "all") else True
+        if arguments.step == "publish":
+            publish(folder)
+        if arguments.step in ("book", "all"):
             print(f"The report: {build_book(folder).resolve()}")
         if not succeeded:
             print("At least one notebook failed; its page in the report shows the traceback.", file=sys.stderr)

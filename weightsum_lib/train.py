@@ -54,7 +54,7 @@ class RunConfig:
 
     @property
     def roles(self) -> dict[str, str]:
-        """The networks that this run trains: role to dataset."""
+        """The datasets of the networks that this run trains, by role."""
         return {"main": self.main, "support": self.support} if self.protocol == "joint" else {"main": self.main}
 
     @property

@@ -108,8 +108,8 @@ def compare_layers(a: nn.Module, b: nn.Module) -> list[dict]:
     simply larger: look at the norm ratio before believing a small gap.
 
     Returns:
-        one dict for each convolution and linear layer: ``layer``, ``norm_ratio`` = ‖W_a‖ / ‖W_b‖
-        (Frobenius), ``cosine`` of the angle between the flattened weights.
+        a list with one dict for each convolution and linear layer; keys ``layer``, ``norm_ratio``
+        = ‖W_a‖ / ‖W_b‖ (Frobenius), and ``cosine`` of the angle between the flattened weights.
     """
     rows, layers_b = [], dict(b.named_modules())
     for name, module in a.named_modules():

@@ -1,6 +1,6 @@
 """Sphinx extension: numbers, sentences and tables of the report come from ``<source>/results/<notebook>.json``.
 
-- role ``{result}`NOTEBOOK:key` `` or ``{result}`NOTEBOOK:key|.1f` `` puts in a value; a string is parsed as inline text;
+- role ``{result}`NOTEBOOK:key` `` or ``{result}`NOTEBOOK:key|.1f` `` puts in a value, a string as inline markup;
 - directive ``{result-table} NOTEBOOK:table`` (option ``caption``) puts in a table.
 
 What is missing is a warning that names the nearest known one, so that a build with ``-W`` fails, and shows in the page.
@@ -42,7 +42,8 @@ def look_up(env, reference: str, section: str):
     path = folder / f"{notebook}.json"
     env.note_dependency(str(path))
     if not path.is_file():
-        raise MissingResultError(f"no results/{notebook}.json; {_nearest(notebook, [p.stem for p in folder.glob('*.json')])}")
+        notebooks = [p.stem for p in folder.glob("*.json")]
+        raise MissingResultError(f"no results/{notebook}.json; {_nearest(notebook, notebooks)}")
     try:
         known = json.loads(path.read_text(encoding="utf-8")).get(section, {})
     except ValueError as error:
