@@ -177,7 +177,7 @@ for third, (formula, remark) in READINGS.items():
     norms = [sum(float(g.square().sum()) for g in gradient if g is not None) ** 0.5 for gradient in pulls]
     rows.append([third, formula, remark, f"{value:.3f}", f"{norms[0]:.2f}", f"{norms[1]:.2f}"])
 columns = ["third", "formula", "remark", "value (nats)", "gradient at θ_m", "gradient at θ_c"]
-pd.DataFrame(rows, columns=columns).style.hide(axis="index")
+pd.DataFrame(rows, columns=columns).style.hide(axis="index").set_properties(**{"text-align": "left"})
 
 # %% [markdown]
 # There is one more reading, as arithmetic on the *weights*: "[MNIST+CIFAR10] − MNIST". It is just the CIFAR-10 network

@@ -64,6 +64,9 @@ main_title, support_title = params.DATASETS[MAIN], params.DATASETS[SUPPORT]
 evaluate.train_pairs(study, MAIN, SUPPORT)
 Markdown(results.data_notice(study.describe_data()))
 
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
+plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks see: a test image of each class")
+
 # %% [markdown]
 # ## Before and after the sum
 #
@@ -75,7 +78,8 @@ Markdown(results.data_notice(study.describe_data()))
 rows = results.with_gap(evaluate.before_after(study, MAIN, SUPPORT))
 summary = results.summarize(rows, ["method"], ["before", "after", "gap", "kept"])
 by_method = {row["method"]: row for row in summary}
-finding = results.finding(by_method[BASELINE], by_method[TRAINED], main_title)
+difference = results.paired_difference(rows, TRAINED, BASELINE, "after")
+finding = results.finding(by_method[BASELINE], by_method[TRAINED], difference, main_title)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
 trained, baseline = by_method[TRAINED], by_method[BASELINE]
@@ -147,7 +151,7 @@ histories = {
 last = histories[TRAINED][-1]
 plots.curves(
     histories,
-    f"Under `{TRAINED}` the sum ends at {last['val_sum']:.1f} % and θ_main at {last['val_main']:.1f} % of the "
+    f"Under “{TRAINED}” the sum ends at {last['val_sum']:.1f} % and θ_main at {last['val_main']:.1f} % of the "
     "validation images (seed 0)",
     main_title,
     support_title,
@@ -165,7 +169,7 @@ plots.curves(
 layer_rows = evaluate.layer_rows(study, MAIN, SUPPORT)
 of_trained = [row for row in layer_rows if row["method"] == TRAINED]
 ratios = [row["norm_ratio"] for row in of_trained]
-plots.layers(layer_rows, f"`{TRAINED}`: norm ratios between {min(ratios):.2f} and {max(ratios):.2f}; seed 0")
+plots.layers(layer_rows, f"{TRAINED}: norm ratios between {min(ratios):.2f} and {max(ratios):.2f}; seed 0")
 
 # %% tags=["hide-input"]
 layer_table = results.layer_table(layer_rows)
@@ -189,6 +193,7 @@ plots.plane(
 # ## Finding
 
 # %% tags=["hide-input"]
+controls = {row["method"]: row["support_on_main"] for row in support}
 results.save(
     NOTEBOOK,
     study,
@@ -200,6 +205,9 @@ results.save(
         "norm_ratio.max": max(ratios),
     },
     {"before_after": before_after_table, "support": support_table, "layers": layer_table},
-    [results.headline_row(row, "Task 1: MNIST", "θ of MNIST + θ of CIFAR-10") for row in (baseline, trained)],
+    [
+        results.headline_row(row, "Task 1: MNIST", "θ of MNIST + θ of CIFAR-10", controls[row["method"]])
+        for row in (baseline, trained)
+    ],
 )
 Markdown(finding)

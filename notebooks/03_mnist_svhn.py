@@ -63,6 +63,9 @@ titles = {name: params.DATASETS[name] for name in (FIRST, SECOND)}
 rows = evaluate.unmet_sums(study, FIRST, SECOND, SUPPORT)
 Markdown(results.data_notice(study.describe_data()))
 
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
+plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks see: a test image of each class")
+
 # %% [markdown]
 # ## Each network alone, and the sum
 #
@@ -87,7 +90,7 @@ plots.unmet(
     FIRST,
     SECOND,
     titles,
-    f"Never met, `{TRAINED}`: the sum reads {trained[f'after_{FIRST}']['mean']:.1f} % of {titles[FIRST]} and "
+    f"Never met, {TRAINED}: the sum reads {trained[f'after_{FIRST}']['mean']:.1f} % of {titles[FIRST]} and "
     f"{trained[f'after_{SECOND}']['mean']:.1f} % of {titles[SECOND]}",
 )
 
@@ -129,7 +132,9 @@ results.save(
     },
     {"union": union_table, "per_task": per_task_table},
     [
-        results.headline_row(row, f"Task 3: {titles[name]}", "θ of MNIST + θ of SVHN", name)
+        results.headline_row(
+            row, f"Task 3: {titles[name]}", "θ of MNIST + θ of SVHN", row[f"other_{name}"], suffix=f"_{name}"
+        )
         for name in (FIRST, SECOND)
         for row in (baseline, trained)
     ],

@@ -32,11 +32,11 @@ def test_a_paired_difference_uses_the_seeds_that_both_have():
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
-        (98.5, 98.3, "keeps"),
-        (98, 92, "nearly keeps"),
-        (98, 50, "keeps a part of"),
-        (98, 20, "loses"),
-        (98, 10, "loses"),
+        (98.5, 98.3, "keeps the skill"),
+        (98, 92, "nearly keeps the skill"),
+        (98, 50, "keeps a part of the skill"),
+        (98, 20, "loses the skill"),
+        (15, 16, "had no skill to keep"),
     ],
 )
 def test_verdict_follows_the_numbers(before, after, words):
@@ -46,11 +46,12 @@ def test_verdict_follows_the_numbers(before, after, words):
 def test_finding_turns_with_the_numbers():
     rows = results.with_gap(ROWS)
     a, b = results.summarize(rows, ["method"], ["before", "after", "gap", "kept"])
-    text = results.finding(a, b, "MNIST")
-    assert "the sum keeps the skill" in text and "their sum loses it" in text and "n = 3" in text
+    text = results.finding(a, b, results.paired_difference(rows, "joint ce", "independent", "after"), "MNIST")
+    assert "Between the two sums lie 84.5" in text
+    assert "the sum keeps the skill" in text and "their sum loses the skill" in text and "n = 3" in text
     assert "not told from zero" in text  # gaps 1.0, 0.5, 0.0
     worse = results.summarize([{**r, "after": 15.0, "gap": 83.0} for r in rows], ["method"], ["before", "after", "gap"])
-    text = results.finding(worse[0], worse[1], "MNIST")
+    text = results.finding(worse[0], worse[1], results.interval([0.0]), "MNIST")
     assert "the sum loses the skill" in text and "not told" not in text
 
 
@@ -89,14 +90,17 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
         },
         "device": "CPU", "precision": "float32", "versions": {"torch": "2"}, "commit": "abc", "training_seconds": 60.0,
     }  # fmt: skip
-    content = {"headline": [results.headline_row(r, "Task 1", "sum") for r in rows], "provenance": provenance}
+    content = {
+        "headline": [results.headline_row(r, "Task 1", "sum", results.interval([9.0])) for r in rows],
+        "provenance": provenance,
+    }
     report.write_headline(tmp_path, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     (tmp_path / "01_mnist_cifar10.json").write_text(json.dumps(content))
     report.write_headline(tmp_path, tmp_path / "out")
     made = json.loads((tmp_path / "out" / "headline.json").read_text())
     assert made["values"]["title_figure"].startswith("1 of 2 sums keep")
-    assert made["tables"]["headline"]["rows"][0] == ["Task 1", "sum, joint ce", "98.0", "97.5", "0.5", "1"]
+    assert made["tables"]["headline"]["rows"][0] == ["Task 1", "sum, joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
     assert made["tables"]["times"]["rows"] == [["01_mnist_cifar10", "1.0"]]
     first = (tmp_path / "out" / "headline.png").read_bytes()
     report.write_headline(tmp_path, tmp_path / "out")

@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
-# Loaded on first use, so that `make` can decide that nothing is to be done without importing torch.
-_EXPORTS = {
+# Exported name: its module. Loaded on first use, so that make can find out without torch that nothing is to be done.
+EXPORTS = {
     "accuracy": "evaluate",
     "recalibrate": "batchnorm",
     "Dataset": "data",
@@ -23,12 +23,12 @@ _EXPORTS = {
     "weighted_sum": "weights",
     "WeightSum": "weights",
 }
-__all__ = sorted(_EXPORTS)
+__all__ = sorted(EXPORTS)
 
 
 def __getattr__(name):
-    if name in _EXPORTS:
-        return getattr(import_module(f"weightsum_lib.{_EXPORTS[name]}"), name)
+    if name in EXPORTS:
+        return getattr(import_module(f"weightsum_lib.{EXPORTS[name]}"), name)
     raise AttributeError(f"module 'weightsum_lib' has no attribute '{name}'")
 
 

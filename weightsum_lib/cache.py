@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+import weightsum_lib
+
 PACKAGE = Path(__file__).parent
 
 
@@ -39,13 +41,13 @@ def _code_only(source: str) -> str:
 
 
 def imported_modules(source: str) -> set[str]:
-    """The modules of this package that a source text imports, by name."""
+    """The modules of this package that a source text imports, or whose exports it imports, by name."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
             head, _, rest = node.module.partition(".")
             if head == PACKAGE.name:
-                names |= {rest} if rest else {alias.name for alias in node.names}
+                names |= {rest} if rest else {weightsum_lib.EXPORTS.get(alias.name, alias.name) for alias in node.names}
     return {name for name in names if (PACKAGE / f"{name}.py").is_file()}
 
 

@@ -52,7 +52,9 @@ def _dumbbells(axes, rows: Sequence[dict], columns: Mapping[str, tuple], labels:
     for legend, colour, marker, filled in columns.values():
         axes.plot([], [], marker, color=colour, mfc=colour if filled else "white", mew=1.8, ms=8, label=legend)
     axes.axvline(CHANCE, color="0.5", ls=":", lw=1)
-    axes.annotate("chance", (CHANCE, -0.45), fontsize=8, color="0.4", xytext=(2, 0), textcoords="offset points")
+    axes.annotate(
+        "chance", (CHANCE, len(rows) - 0.55), fontsize=8, color="0.4", xytext=(2, 0), textcoords="offset points"
+    )
     axes.set_yticks(range(len(rows)), labels)
     axes.set(ylim=(len(rows) - 0.5, -0.6), xlim=(0, 101), xlabel="test accuracy (%)")
     axes.grid(axis="y", visible=False)
@@ -132,7 +134,8 @@ def curves(histories: Mapping[str, Sequence[dict]], message: str, main: str, sup
         column[0].set_title(method, fontweight="normal")
         column[1].set_xlabel("epoch")
         column[1].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    grid[0, 0].set(ylabel="training loss (nats)", yscale="symlog", ylim=(0, None))
+    highest = max(axes.get_ylim()[1] for axes in grid[0])
+    grid[0, 0].set(ylabel="training loss (nats)", ylim=(0, min(highest, 5)))
     grid[1, 0].set(ylabel="validation accuracy (%)", ylim=(0, 101))
     found = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc="upper left", bbox_to_anchor=(0.05, 0), ncol=4)

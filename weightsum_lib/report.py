@@ -27,9 +27,10 @@ def write_headline(folder: Path, target: Path) -> None:
         "before": "Before the sum (%)",
         "after": "After the sum (%)",
         "gap": "Gap (points)",
+        "control": "Control: the other network alone (%)",
         "n": "n",
     }
-    figure_rows = [{**row, "method": f"{row['task']}\n{row['networks']}"} for row in rows]
+    figure_rows = [{**row, "method": f"{row['task']}: {row['networks'].replace('θ of ', '')}"} for row in rows]
     kept = [row for row in rows if row["after"]["mean"] >= 0.99 * row["before"]["mean"]]
     message = f"{len(kept)} of {len(rows)} sums keep 99 % of the accuracy that the network had before"
     plots.use_style()

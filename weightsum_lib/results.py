@@ -76,24 +76,29 @@ def mark_counted(rows: Sequence[dict], column: str, baseline: str, within: float
 
 
 def verdict(before: float, after: float) -> str:
-    """What the sum does to a skill, in words: kept ≥ 99 % "keeps", ≥ 90 % "nearly keeps", then how much is left.
+    """What a sum does to a skill, in words: kept ≥ 99 % "keeps", ≥ 90 % "nearly keeps", else how much is left.
 
-    >>> verdict(98.5, 98.3), verdict(98.5, 12.0)
-    ('keeps', 'loses')
+    A network less than 10 points above chance before the sum has no skill that could be kept.
+
+    >>> verdict(98.5, 98.3), verdict(98.5, 12.0), verdict(11.0, 12.0)
+    ('keeps the skill', 'loses the skill', 'had no skill to keep')
     """
+    if before < CHANCE + 10:
+        return "had no skill to keep"
     if after >= 0.99 * before:
-        return "keeps"
+        return "keeps the skill"
     if after >= 0.90 * before:
-        return "nearly keeps"
-    return "keeps a part of" if after >= CHANCE + 0.25 * (before - CHANCE) else "loses"
+        return "nearly keeps the skill"
+    return "keeps a part of the skill" if after >= CHANCE + 0.25 * (before - CHANCE) else "loses the skill"
 
 
-def finding(baseline: dict, trained: dict, task: str) -> str:
+def finding(baseline: dict, trained: dict, difference: dict, task: str) -> str:
     """One plain sentence a method on what the sum does to a task.
 
     Args:
         baseline: the summarized row (``before``, ``after``, ``gap``) of networks that never met.
         trained: the row of the pair that was trained with the third term.
+        difference: ``after`` of the trained pair minus that of the baseline (:func:`paired_difference`).
         task: title of the tested task.
     """
     gap = trained["gap"]
@@ -102,10 +107,11 @@ def finding(baseline: dict, trained: dict, task: str) -> str:
         f"Trained together (`{trained['method']}`), {task} goes from {format_interval(trained['before'])} % before the "
         f"sum to {format_interval(trained['after'])} % after it (gap {format_interval(gap, 2)} points"
         f"{', not told from zero by its interval' if unsure else ''}; n = {trained['n']}): the sum "
-        f"{verdict(trained['before']['mean'], trained['after']['mean'])} the skill. Two networks trained apart "
+        f"{verdict(trained['before']['mean'], trained['after']['mean'])}. Two networks trained apart "
         f"(`{baseline['method']}`) go from {format_interval(baseline['before'])} % to "
         f"{format_interval(baseline['after'])} %: their sum "
-        f"{verdict(baseline['before']['mean'], baseline['after']['mean'])} it."
+        f"{verdict(baseline['before']['mean'], baseline['after']['mean'])}. Between the two sums lie "
+        f"{format_interval(difference)} points."
     )
 
 
@@ -122,7 +128,7 @@ def finding_unmet(baseline: dict, trained: dict, titles: dict[str, str]) -> str:
         before, after = row[f"before_{name}"], row[f"after_{name}"]
         return (
             f"{format_interval(after)} % of {title} ({format_interval(before)} % before; "
-            f"it {verdict(before['mean'], after['mean'])} that skill)"
+            f"it {verdict(before['mean'], after['mean'])})"
         )
 
     first, second = titles
@@ -137,11 +143,18 @@ def finding_unmet(baseline: dict, trained: dict, titles: dict[str, str]) -> str:
     )
 
 
-def headline_row(row: dict, task: str, networks: str, name: str = "") -> dict:
-    """A summarized row for the front page; ``name`` is the dataset whose suffix the columns carry."""
-    suffix = f"_{name}" if name else ""
+def headline_row(row: dict, task: str, networks: str, control: dict, suffix: str = "") -> dict:
+    """A summarized row for the front page.
+
+    Args:
+        row: with ``method``, ``n`` and ``before``, ``after``, ``gap`` + suffix.
+        task: what is tested.
+        networks: what is summed.
+        control: accuracy of the *other* network, alone, on this task.
+        suffix: of the row's keys.
+    """
     columns = {c: row[f"{c}{suffix}"] for c in ("before", "after", "gap")}
-    return {"task": task, "networks": f"{networks}, {row['method']}", **columns, "n": row["n"]}
+    return {"task": task, "networks": f"{networks}, {row['method']}", **columns, "control": control, "n": row["n"]}
 
 
 def layer_table(rows: Sequence[dict]) -> pd.DataFrame:
@@ -170,15 +183,18 @@ def unmet_table(rows: Sequence[dict], titles: dict[str, str]) -> pd.DataFrame:
     return table(rows, {**columns, "n": "n"})
 
 
-def table(rows: Sequence[dict], columns: dict[str, str], digits: int = 1) -> pd.DataFrame:
-    """A table to show: the given columns of summarized rows under their titles, intervals written out."""
+def table(rows: Sequence[dict], columns: dict[str, str]) -> pd.DataFrame:
+    """A table to show: the given columns of summarized rows under their titles, intervals written out.
 
-    def show(value):
+    One decimal; gaps, which are small, get two.
+    """
+
+    def show(name, value):
         if value is None:
             return "–"
-        return format_interval(value, digits) if isinstance(value, dict) else value
+        return format_interval(value, 2 if name.startswith("gap") else 1) if isinstance(value, dict) else value
 
-    return pd.DataFrame({title: [show(row.get(name)) for row in rows] for name, title in columns.items()})
+    return pd.DataFrame({title: [show(name, row.get(name)) for row in rows] for name, title in columns.items()})
 
 
 def data_notice(described: dict[str, dict]) -> str:
@@ -234,7 +250,7 @@ def save(notebook: str, study, values: dict, tables: dict[str, pd.DataFrame], he
         study: the :class:`~weightsum_lib.study.Study` that made the results.
         values: key to number or text, for the prose.
         tables: name to table.
-        headline: rows for the front page: ``task``, ``networks``, ``before``, ``after``, ``gap`` (intervals), ``n``.
+        headline: rows for the front page, see :func:`headline_row`.
     """
     content = {
         "notebook": notebook,

@@ -75,7 +75,7 @@ def execute(name: str, p: Params, folder: Path) -> bool:
     target, stamp_file = folder / f"{name}.ipynb", folder / f"{name}.stamp.json"
     with cache.lock(folder / f"{name}.lock"):
         stamp = _stamp(name, p)
-        if target.exists() and stamp_file.exists() and cache.read_json(stamp_file)["stamp"] == stamp:
+        if _fresh(name, stamp, folder):
             print(f"{name}: up to date")
             return True
         stamp_file.unlink(missing_ok=True)
@@ -87,7 +87,7 @@ def execute(name: str, p: Params, folder: Path) -> bool:
             (folder / f"{name}.json").unlink(missing_ok=True)
             print(f"{name}: FAILED after {seconds:.0f} s: {error}\n  traceback: {target}", file=sys.stderr)
             return False
-        cache.write_json(stamp_file, {"stamp": stamp, "seconds": seconds})
+        cache.write_json(stamp_file, {"stamp": stamp, "results": _results_digest(name, folder), "seconds": seconds})
         print(f"{name}: done in {seconds:.0f} s", flush=True)
         return True
 
@@ -173,15 +173,24 @@ def run_notebooks(p: Params) -> bool:
     folder = Path(p.results_dir) / p.profile
     folder.mkdir(parents=True, exist_ok=True)
     todo = notebook_names()
-    stale = [n for n in todo if not _fresh(n, p, folder)]
-    if stale:
+    if not all(_fresh(name, _stamp(name, p), folder) for name in todo):
         check(p)
     return all([execute(name, p, folder) for name in todo])
 
 
-def _fresh(name: str, p: Params, folder: Path) -> bool:
-    stamp = folder / f"{name}.stamp.json"
-    return stamp.exists() and (folder / f"{name}.ipynb").exists() and cache.read_json(stamp)["stamp"] == _stamp(name, p)
+def _fresh(name: str, stamp: str, folder: Path) -> bool:
+    """Whether the executed notebook and its results are those of this stamp."""
+    file = folder / f"{name}.stamp.json"
+    if not (file.exists() and (folder / f"{name}.ipynb").exists()):
+        return False
+    old = cache.read_json(file)
+    return old["stamp"] == stamp and old["results"] == _results_digest(name, folder)
+
+
+def _results_digest(name: str, folder: Path) -> str:
+    """Of the results file, which the same notebook in JupyterLab may have written anew; empty without one."""
+    path = folder / f"{name}.json"
+    return cache.file_sha256(path) if path.exists() else ""
 
 
 def _check_executed(folder: Path) -> None:
@@ -263,7 +272,7 @@ def _overrides(arguments) -> dict:
     """Knobs from the command line (make's variables); empty ones are not set."""
     values = {}
     if arguments.data_dir:
-        values["data_dir"] = arguments.data_dir
+        values["data_dir"] = os.path.expanduser(arguments.data_dir)  # not every shell expands DATA_DIR=~/…
     if arguments.device:
         values["device"] = arguments.device
     if arguments.seeds:

@@ -58,6 +58,10 @@ def _nearest(key: str, known) -> str:
     return f"the nearest is '{near[0]}'" if near else "there are none"
 
 
+def _with_minus(number: str) -> str:
+    return "−" + number[1:] if number.startswith("-") else number
+
+
 class Result(SphinxRole):
     """Role ``{result}`NOTEBOOK:key|format` ``."""
 
@@ -72,7 +76,7 @@ class Result(SphinxRole):
             logger.warning("result '%s': %s", self.text, reason, location=self.get_location())
             return [nodes.inline("", f"missing: {self.text}", classes=["missing-result"])], []
         if not isinstance(value, str):
-            return [nodes.Text(text.replace("-", "−", 1) if text.startswith("-") else text)], []
+            return [nodes.Text(_with_minus(text))], []
         return self.inliner.parse(text, self.lineno, self.inliner, self.inliner.parent)
 
 
@@ -106,7 +110,7 @@ class ResultTable(SphinxDirective):
     def _row(self, cells, numeric):
         row = nodes.row()
         for cell, number in zip(cells, numeric, strict=True):
-            inline = self.state.inline_text(cell, self.lineno)[0]
+            inline = self.state.inline_text(_with_minus(cell) if number else cell, self.lineno)[0]
             row += nodes.entry("", nodes.paragraph("", "", *inline), classes=["number" if number else "text"])
         return row
 
