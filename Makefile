@@ -13,6 +13,8 @@ RUN = $(PY) -m weightsum_lib.run
 OPTIONS = --profile "$(PROFILE)" --data-dir "$(DATA_DIR)" --seeds "$(SEEDS)" --device "$(DEVICE)"
 
 .DEFAULT_GOAL := help
+# one notebook trains at a time anyway; `make -j2 notebooks book` must not build before it has run
+.NOTPARALLEL:
 .PHONY: help all setup notebooks book publish lab test lock clean
 
 help:  ## Print this help.
@@ -41,7 +43,7 @@ $(INSTALLED): | $(VENV)/bin/python
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one: make all PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 notebooks: setup  ## Run the notebooks of PROFILE, but for those that nothing has changed for.
 	@$(RUN) notebooks $(OPTIONS)
@@ -59,7 +61,7 @@ lab: setup  ## Open JupyterLab on the paired notebooks.
 test: setup  ## Check the style and run the tests.
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m pytest
+	@$(PY) -m pytest --cov=weightsum_lib --cov-branch --cov-fail-under=90 --cov-report=term:skip-covered
 
 lock: setup  ## Resolve the newest packages into requirements.lock, for Linux, macOS and Windows.
 	@$(PY) -m pip install -q --disable-pip-version-check uv

@@ -27,7 +27,8 @@
 # | Is it a good idea? | for a pair trained together, and for two that never met: measured | tasks 1 to 3, next pages |
 # | Similar examples? | model soups, task arithmetic, superposition of models and others | bibliography below |
 #
-# Everything here runs in seconds, on two untrained networks; the next pages train them.
+# Everything here runs in seconds, on two untrained networks and a few images of the synthetic stand-in for SVHN; the
+# next pages train networks.
 
 # %%
 import torch

@@ -1,14 +1,13 @@
 import ast
-from dataclasses import fields
 
 import pytest
 import yaml
 
 from weightsum_lib import params
-from weightsum_lib.params import Params, ParamsError
+from weightsum_lib.params import ParamsError
 from weightsum_lib.run import NOTEBOOKS, notebook_names
 
-NAMES = {f.name for f in fields(Params)}
+PAIR = {"independent": {"protocol": "independent"}, "joint ce": {"protocol": "joint", "third": "ce"}}
 
 
 def parameters_cell(name):
@@ -53,12 +52,20 @@ def test_only_the_first_notebook_takes_no_parameters():
         ({"arch": "vgg11"}, r"'arch' .* must be 'vgg8' or 'vgg16', got 'vgg11'"),
         ({"epoch_images": 8}, r"'epoch_images' \(8\) is less than one batch \(64\)"),
         ({"allow_standin": ["shvn"]}, r"'allow_standin' names 'shvn'; did you mean 'svhn'\?"),
-        ({"methods": {}}, r"'methods' is empty"),
-        ({"methods": {"x": "joint"}}, r"method 'x' must be switches"),
-        ({"methods": {"x": {"protocol": "joint", "thrid": "ce"}}}, r"method 'x': unknown parameter 'thrid'.*'third'"),
-        ({"methods": {"x": {"protocol": "joint", "third": "cee"}}}, r"method 'x': 'third' .* got 'cee'"),
-        ({"methods": {"x": {"protocol": "independent", "third": "ce"}}}, r"only protocol 'joint' has a third term"),
-        ({"methods": {"x": {}}}, r"method 'x': 'protocol' is missing"),
+        ({"methods": {}}, r"'methods' lacks 'independent'"),
+        ({"profile": "quick"}, r"'profile' must be the file's name, 'smoke', got 'quick'"),
+        ({"plane_points": 5}, r"'plane_points' .* must be 4, 7, 10"),
+        ({"methods": PAIR | {"x": "joint"}}, r"method 'x' must be switches"),
+        (
+            {"methods": PAIR | {"x": {"protocol": "joint", "thrid": "ce"}}},
+            r"method 'x': unknown parameter 'thrid'.*'third'",
+        ),
+        ({"methods": PAIR | {"x": {"protocol": "joint", "third": "cee"}}}, r"method 'x': 'third' .* got 'cee'"),
+        (
+            {"methods": PAIR | {"x": {"protocol": "independent", "third": "ce"}}},
+            r"only protocol 'joint' has a third term",
+        ),
+        ({"methods": PAIR | {"x": {}}}, r"method 'x': 'protocol' is missing"),
     ],
 )
 def test_what_cannot_be_is_refused_with_key_file_and_what_was_expected(change, message):
@@ -89,7 +96,7 @@ def test_whole_numbers_serve_as_floats_and_methods_get_their_defaults():
     assert p.width == 1.0 and type(p.width) is float
     assert p.method("joint ce").third_weight == 1.0 and p.method("independent").third == "none"
     p = params.read(
-        "smoke", {"seeds": 3, "methods": {"a": {"protocol": "joint", "seeds": 2}, "b": {"protocol": "joint"}}}
+        "smoke", {"seeds": 3, "methods": PAIR | {"a": {"protocol": "joint", "seeds": 2}, "b": {"protocol": "joint"}}}
     )
     assert [len(p.seeds_of(m)) for m in "ab"] == [2, 3]
 

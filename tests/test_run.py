@@ -140,7 +140,7 @@ def test_an_edited_library_runs_again_what_it_affects(house, monkeypatch):
     p = params.read("smoke", {"device": "cpu"})
     sources = {name: (ROOT / "notebooks" / f"{name}.py").read_text(encoding="utf-8") for name in NOTEBOOKS}
     assert "plots" in cache.imported_modules(sources["01_mnist_cifar10"])
-    real = cache.source_digest.__wrapped__
+    real = cache.source_digest
 
     def edited(module):
         monkeypatch.setattr(cache, "source_digest", lambda *m: real(*m) + ("x" if module in _closure(m) else ""))

@@ -36,7 +36,7 @@ def test_the_key_depends_on_configuration_data_and_code(tiny, monkeypatch):
     assert study._folder(study.config("joint ce", "mnist", "cifar10", seed=1)) != folder
     other = Study(params.read("smoke", {**tiny.as_dict(), "train_images": 130}))
     assert other._folder(other.config("joint ce", "mnist", "cifar10")) != folder
-    monkeypatch.setattr(cache, "source_digest", lambda *m: "another code")
+    monkeypatch.setattr(study_module, "_TRAINING_CODE", "another code")
     assert study._folder(study.config("joint ce", "mnist", "cifar10")) != folder
 
 
@@ -141,7 +141,7 @@ def test_the_plane_holds_the_sum_and_the_networks_alone(tiny):
     plane = evaluate.coefficient_plane(study, "joint ce", "mnist", "cifar10")
     c = plane["coefficients"]
     assert len(c) == tiny.plane_points and c[0] == 0
-    study = Study(params.read("smoke", {**tiny.as_dict(), "plane_points": 4}))
+    study = Study(params.read("smoke", {**tiny.as_dict(), "plane_points": 7}))
     plane = evaluate.coefficient_plane(study, "joint ce", "mnist", "svhn", "cifar10")
     one = plane["coefficients"].index(1.0)
     theta_m = study.run(study.config("joint ce", "mnist", "cifar10")).networks["main"]
@@ -175,7 +175,7 @@ def test_figures_and_tables_of_a_whole_page(tiny):
     assert len(plots.unmet(union, "mnist", "svhn", titles, "message").axes) == 2
     assert len(results.unmet_table(union, titles).columns) == 10
     by_method = {r["method"]: r for r in union}
-    text = results.finding_unmet(by_method["independent"], by_method["joint ce"], titles)
+    text = results.finding_unmet(by_method["independent"], by_method["joint ce"], True, titles)
     assert "Control: alone, θ of SVHN reads" in text
     path = results.save("03_x", study, results.values_of(union, columns), {"t": results.unmet_table(union, titles)})
     saved = cache.read_json(path)

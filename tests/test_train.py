@@ -33,12 +33,13 @@ def test_training_learns(datasets):
 
 def test_the_third_term_reaches_both_networks(datasets):
     with_third, without = train(PAIR, datasets), train(replace(PAIR, third="none"), datasets)
+    for role in ("main", "support"):  # without it both still learn, each on its own
+        assert not equal(without.networks[role], build(PAIR, role))
     for role in ("main", "support"):
         assert not equal(with_third.networks[role], without.networks[role])
     assert {"loss_main", "loss_support", "loss_third", "val_main", "val_support", "val_sum"} < set(
         with_third.history[0]
     )
-    assert "val_sum" not in without.history[0]
 
 
 def test_the_symmetric_term_changes_the_training(datasets):
@@ -98,12 +99,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_advice(datasets):
 
 
 def test_fine_tuning_starts_from_the_given_weights(datasets):
-    start = build(ALONE).state_dict()
+    start = build(ALONE)
     config = replace(
         ALONE, protocol="sequential", support="cifar10", start="sum", finetune_epochs=1, learning_rate=1e-12
     )
-    tuned = train(config, datasets, start=start).networks["main"]
-    torch.testing.assert_close(tuned.classifier.fc1.weight, start["classifier.fc1.weight"])
+    tuned = train(config, datasets, start=[start]).networks["main"]
+    torch.testing.assert_close(tuned.classifier.fc1.weight, start.classifier.fc1.weight)
+    tuned = train(config, datasets, start=[start, start]).networks["main"]
+    torch.testing.assert_close(tuned.classifier.fc1.weight, 2 * start.classifier.fc1.weight)
     assert len(train(config, datasets).history) == 1
 
 

@@ -56,6 +56,12 @@ def test_a_sum_has_statistics_of_its_own_and_leaves_its_parents_alone(images):
     assert total.body.features.bn1_1.running_mean.abs().sum() > 0
 
 
+def test_a_sum_is_new_and_in_training_mode_whatever_its_parents_are():
+    total = WeightSum([network().eval(), network().eval()])
+    assert total.training and total.body.features.bn1_1.training
+    assert not total.networks[0].training
+
+
 def test_the_sum_follows_its_parents(images):
     networks = [network(), network()]
     total = WeightSum(networks).eval()

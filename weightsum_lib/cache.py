@@ -5,9 +5,9 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -51,7 +51,6 @@ def imported_modules(source: str) -> set[str]:
     return {name for name in names if (PACKAGE / f"{name}.py").is_file()}
 
 
-@cache
 def source_digest(*modules: str) -> str:
     """A digest of the code of these modules of the package and of all that they import from it.
 
@@ -64,6 +63,17 @@ def source_digest(*modules: str) -> str:
         seen[name] = _code_only(source)
         todo |= imported_modules(source) - set(seen) - {"cache"}
     return content_key(seen)
+
+
+def commit() -> str:
+    """The commit of the working tree, with "+" where it has changes; "unknown" outside git."""
+    try:
+        options = {"capture_output": True, "text": True, "check": True, "cwd": PACKAGE}
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head + ("+" if changed else "")
 
 
 @contextlib.contextmanager

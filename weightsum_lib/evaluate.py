@@ -218,10 +218,11 @@ def unmet_sums(study: Study, first: str, second: str, support: str) -> list[dict
         network and the sum on it; ``other`` the *other* task's network there, the control without which
         ``after`` means nothing. Keys end in the dataset's name.
     """
+    # the pair of `sequential` is that of `independent`
+    wanted = [(m, s) for m, s in _rows(study) if study.params.method(m).protocol != "sequential"]
+    study.train_all([main_config(study, m, name, support, s) for m, s in wanted for name in (first, second)])
     rows = []
-    for method, seed in _rows(study):
-        if study.params.method(method).protocol == "sequential":
-            continue  # its pair is that of `independent`
+    for method, seed in wanted:
         configs = [main_config(study, method, name, support, seed) for name in (first, second)]
         rows += [
             {"method": method, "seed": seed, **row}

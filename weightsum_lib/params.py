@@ -9,6 +9,7 @@ from typing import get_origin
 import yaml
 
 DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "svhn": "SVHN"}  # name: title
+BASELINE, TRAINED = "independent", "joint ce"  # the methods that the findings compare
 PARAMS_DIR = Path(__file__).parent.parent / "params"
 
 
@@ -63,7 +64,11 @@ class Params:
     learning_rate: float = _knob("peak learning rate", _positive, "> 0")
     weight_decay: float = _knob("L2 penalty of SGD", lambda v: v >= 0, "≥ 0")
     third_ramp: float = _knob("share of the steps in which the third term grows", lambda v: 0 <= v <= 1, "from 0 to 1")
-    plane_points: int = _knob("points along an axis of the coefficient plane", lambda v: v >= 3, "≥ 3")
+    plane_points: int = _knob(
+        "points along an axis of the coefficient plane",
+        lambda v: v >= 4 and v % 3 == 1,
+        "4, 7, 10, …, so that (1, 1) is one",
+    )
     seeds: int = _knob("seeds 0, 1, … of each method", _positive, "≥ 1")
     methods: dict = _knob("label: switches of each row")
     allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
@@ -137,10 +142,9 @@ def check(values: Mapping, where: str) -> Params:
             raise ParamsError(
                 f"{where}: method '{label}': only protocol 'joint' has a third term, not {method.protocol!r}"
             )
-    if not params.methods:
-        raise ParamsError(
-            f"{where}: 'methods' is empty; give at least one, e.g. joint ce: {{protocol: joint, third: ce}}"
-        )
+    for label in (BASELINE, TRAINED):
+        if label not in params.methods:
+            raise ParamsError(f"{where}: 'methods' lacks '{label}', which the findings of the report compare")
     for name in params.allow_standin:
         if name not in DATASETS:
             raise ParamsError(f"{where}: 'allow_standin' names '{name}'; {_nearest(str(name), DATASETS)}")
@@ -168,7 +172,10 @@ def read(profile: str, overrides: Mapping | None = None) -> Params:
         raise ParamsError(f"{where} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ParamsError(f"{where} must hold 'name: value' lines, got {type(values).__name__}")
-    return check({**values, **(overrides or {})}, where)
+    params = check({**values, **(overrides or {})}, where)
+    if params.profile != profile:
+        raise ParamsError(f"{where}: 'profile' must be the file's name, '{profile}', got '{params.profile}'")
+    return params
 
 
 def from_notebook(namespace: Mapping) -> Params:

@@ -135,7 +135,7 @@ def curves(histories: Mapping[str, Sequence[dict]], message: str, main: str, sup
         column[1].set_xlabel("epoch")
         column[1].xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     highest = max(axes.get_ylim()[1] for axes in grid[0])
-    grid[0, 0].set(ylabel="training loss (nats)", ylim=(0, min(highest, 5)))
+    grid[0, 0].set(ylabel="training loss (nats)", ylim=(min(0, *(axes.get_ylim()[0] for axes in grid[0])), highest))
     grid[1, 0].set(ylabel="validation accuracy (%)", ylim=(0, 101))
     found = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(found.values(), found.keys(), loc="upper left", bbox_to_anchor=(0.05, 0), ncol=4)
@@ -158,8 +158,10 @@ def layers(rows: Sequence[dict], message: str) -> Figure:
         right.plot(names, [r["cosine"] for r in own], **style)
     left.axhline(1, color="0.4", lw=1, ls=":")
     right.axhline(0, color="0.4", lw=1, ls=":")
-    left.set(yscale="log", ylabel="norm ratio ‖W_main‖ / ‖W_support‖", ylim=(0.2, 5))
-    left.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    ratios = [r["norm_ratio"] for r in rows]
+    left.set(yscale="log", ylabel="norm ratio ‖W_main‖ / ‖W_support‖")
+    left.set_ylim(min(0.2, min(ratios) / 1.2), max(5, max(ratios) * 1.2))
+    left.yaxis.set_major_formatter("{x:g}")
     left.minorticks_off()
     right.set(ylabel="cosine of the two weights", ylim=(-1, 1))
     for axes in (left, right):

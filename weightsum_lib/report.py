@@ -31,7 +31,7 @@ def write_headline(folder: Path, target: Path) -> None:
         "n": "n",
     }
     figure_rows = [{**row, "method": f"{row['task']}: {row['networks'].replace('θ of ', '')}"} for row in rows]
-    kept = [row for row in rows if row["after"]["mean"] >= 0.99 * row["before"]["mean"]]
+    kept = [r for r in rows if results.verdict(r["before"]["mean"], r["after"]["mean"]) == results.KEEPS]
     message = f"{len(kept)} of {len(rows)} sums keep 99 % of the accuracy that the network had before"
     plots.use_style()
     target.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,6 @@ def write_headline(folder: Path, target: Path) -> None:
         "notebook": "headline",
         "profile": p["profile"],
         "values": {
-            "title_figure": message,
             "data_notice": results.data_notice(data),
             "run_notice": (
                 f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} "

@@ -1,7 +1,6 @@
 """Numbers with intervals, verdicts computed from them, and the JSON files that the report reads."""
 
 import platform
-import subprocess
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +12,7 @@ from scipy import stats
 from weightsum_lib import cache
 from weightsum_lib.params import DATASETS
 
+KEEPS = "keeps the skill"
 CHANCE = 10.0  # percent, ten classes
 
 
@@ -69,10 +69,16 @@ def with_gap(rows: Iterable[dict], before: str = "before", after: str = "after",
     return [{**r, f"gap{suffix}": r[before] - r[after], f"kept{suffix}": 100 * r[after] / r[before]} for r in rows]
 
 
-def mark_counted(rows: Sequence[dict], column: str, baseline: str, within: float) -> dict[str, bool]:
-    """Which methods count: mean accuracy before the sum no more than ``within`` points below the baseline's."""
-    means = {r["method"]: r[column]["mean"] for r in summarize(rows, ["method"], [column]) if r[column]}
-    return {method: mean >= means[baseline] - within for method, mean in means.items()} if baseline in means else {}
+def counts(rows: Sequence[dict], method: str, baseline: str, margins: dict[str, float]) -> bool:
+    """Whether a method counts: before the sum, no network of it is worse than the baseline's by more than a margin.
+
+    Args:
+        rows: one a method and seed.
+        method: the method in question.
+        baseline: the method of networks that were trained alone for as many steps.
+        margins: column of an accuracy before the sum to the margin in points; compared on shared seeds.
+    """
+    return all(paired_difference(rows, method, baseline, c)["mean"] >= -within for c, within in margins.items())
 
 
 def verdict(before: float, after: float) -> str:
@@ -86,41 +92,46 @@ def verdict(before: float, after: float) -> str:
     if before < CHANCE + 10:
         return "had no skill to keep"
     if after >= 0.99 * before:
-        return "keeps the skill"
+        return KEEPS
     if after >= 0.90 * before:
         return "nearly keeps the skill"
     return "keeps a part of the skill" if after >= CHANCE + 0.25 * (before - CHANCE) else "loses the skill"
 
 
-def finding(baseline: dict, trained: dict, difference: dict, task: str) -> str:
+def finding(baseline: dict, trained: dict, difference: dict, counted: bool, task: str) -> str:
     """One plain sentence a method on what the sum does to a task.
 
     Args:
         baseline: the summarized row (``before``, ``after``, ``gap``) of networks that never met.
         trained: the row of the pair that was trained with the third term.
         difference: ``after`` of the trained pair minus that of the baseline (:func:`paired_difference`).
+        counted: whether the trained pair counts (:func:`counts`).
         task: title of the tested task.
     """
     gap = trained["gap"]
     unsure = gap["half"] is not None and abs(gap["mean"]) <= gap["half"]
+    apart = verdict(baseline["before"]["mean"], baseline["after"]["mean"])
+    together = verdict(trained["before"]["mean"], trained["after"]["mean"]) + ("" if counted else _SACRIFICED)
     return (
         f"Trained together (`{trained['method']}`), {task} goes from {format_interval(trained['before'])} % before the "
         f"sum to {format_interval(trained['after'])} % after it (gap {format_interval(gap, 2)} points"
-        f"{', not told from zero by its interval' if unsure else ''}; n = {trained['n']}): the sum "
-        f"{verdict(trained['before']['mean'], trained['after']['mean'])}. Two networks trained apart "
-        f"(`{baseline['method']}`) go from {format_interval(baseline['before'])} % to "
-        f"{format_interval(baseline['after'])} %: their sum "
-        f"{verdict(baseline['before']['mean'], baseline['after']['mean'])}. Between the two sums lie "
+        f"{', not told from zero by its interval' if unsure else ''}; n = {trained['n']}): the sum {together}. Two "
+        f"networks trained apart (`{baseline['method']}`) go from {format_interval(baseline['before'])} % to "
+        f"{format_interval(baseline['after'])} %: their sum {apart}. The difference between the two sums: "
         f"{format_interval(difference)} points."
     )
 
 
-def finding_unmet(baseline: dict, trained: dict, titles: dict[str, str]) -> str:
+_SACRIFICED = ", but its networks were already worse before the sum than those trained apart"
+
+
+def finding_unmet(baseline: dict, trained: dict, counted: bool, titles: dict[str, str]) -> str:
     """One plain sentence on a sum of two networks that never met.
 
     Args:
         baseline: the summarized row (``before_``, ``after_``, ``other_`` + dataset) of networks trained apart.
         trained: that of the networks trained with the third term, each with a support network of its own.
+        counted: whether the trained networks count (:func:`counts`).
         titles: the two datasets' names to their titles.
     """
 
@@ -136,10 +147,10 @@ def finding_unmet(baseline: dict, trained: dict, titles: dict[str, str]) -> str:
     other = [format_interval(trained[f"other_{name}"]) for name in titles]
     return (
         f"Summed without ever having met, the `{trained['method']}` networks read "
-        f"{read(trained, first, titles[first])} and {read(trained, second, titles[second])}, n = {trained['n']}; "
-        f"networks trained apart (`{baseline['method']}`) {apart[0]} % and {apart[1]} %. Control: alone, "
-        f"θ of {titles[second]} reads {other[0]} % of {titles[first]}, and θ of {titles[first]} {other[1]} % of "
-        f"{titles[second]}."
+        f"{read(trained, first, titles[first])} and {read(trained, second, titles[second])}, n = {trained['n']}"
+        f"{'' if counted else _SACRIFICED}; networks trained apart (`{baseline['method']}`) {apart[0]} % and "
+        f"{apart[1]} %. Control: alone, θ of {titles[second]} reads {other[0]} % of {titles[first]}, and "
+        f"θ of {titles[first]} {other[1]} % of {titles[second]}."
     )
 
 
@@ -210,17 +221,6 @@ def data_notice(described: dict[str, dict]) -> str:
     return "**Data on this page.** " + ". ".join(parts) + "." + warning
 
 
-def _commit() -> str:
-    """The commit of the working tree, with "+" where it has changes; "unknown" outside git."""
-    try:
-        run = {"capture_output": True, "text": True, "check": True, "cwd": cache.PACKAGE}
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+" if changed else "")
-
-
 def provenance(study) -> dict:
     """What made a result: parameters, data, device, versions, commit, and the seconds of training done for it."""
     import torch
@@ -232,7 +232,7 @@ def provenance(study) -> dict:
         "device": gpu or f"CPU, {torch.get_num_threads()} threads",
         "precision": study.precision,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}},
-        "commit": _commit(),
+        "commit": study.commit,
         "training_seconds": study.training_seconds(),
     }
 

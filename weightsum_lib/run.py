@@ -28,7 +28,9 @@ def notebook_names() -> list[str]:
 
 
 def check(p: Params) -> None:
-    """Find out before any training whether the profile can run here.
+    """Get the device and the datasets before any notebook runs, or find out that they can't be had.
+
+    A notebook then downloads nothing: what the runner could not get, a stand-in has to do for.
 
     Raises:
         ParamsError: its device is not there.
@@ -38,8 +40,10 @@ def check(p: Params) -> None:
 
     study.pick_device(p.device)
     for name in params.DATASETS:
-        if name not in p.allow_standin or _prepared(p, name).exists():
-            data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images)
+        data.load(
+            name, p.data_dir, p.allow_standin, p.train_images, p.test_images, str(Path(p.results_dir) / "standins")
+        )
+    os.environ[data.NO_DOWNLOAD] = "1"
 
 
 def _prepared(p: Params, name: str) -> Path:
@@ -118,6 +122,8 @@ def _papermill(name: str, p: Params, target: Path) -> str:
             error = ""
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}"
+        except RuntimeError as failure:  # the kernel died, of lack of memory for example
+            error = str(failure)
         finally:
             draft.unlink(missing_ok=True)
             if aside.exists():
@@ -201,18 +207,30 @@ def _check_executed(folder: Path) -> None:
         )
 
 
-def publish(folder: Path) -> None:
+def publish(p: Params) -> None:
     """Keep a profile's finished run as ``book/published`` and update the README from it.
 
     Raises:
-        RunError: the run is not whole, or one of its notebooks has failed.
+        RunError: the run is not whole, not of the present code and parameters, or not of one clean commit.
     """
     from weightsum_lib import report
 
+    folder = Path(p.results_dir) / p.profile
     _check_executed(folder)
-    failed = [name for name in notebook_names() if not (folder / f"{name}.stamp.json").exists()]
-    if failed:
-        raise RunError(f"{', '.join(failed)} in {folder} failed; a published run has to be whole")
+    stale = [name for name in notebook_names() if not _fresh(name, _stamp(name, p), folder)]
+    if stale:
+        raise RunError(
+            f"{', '.join(stale)} in {folder} failed or is not of this code and these parameters; run it again"
+        )
+    commits = {
+        path.name: cache.read_json(path)["provenance"]["commit"]
+        for path in folder.glob("[0-9]*[a-z0-9].json")
+        if not path.name.endswith(".stamp.json")
+    }
+    if len(set(commits.values())) > 1 or any(not c.isalnum() or c == "unknown" for c in commits.values()):
+        raise RunError(
+            f"a published run is of one commit without changes, this is of {commits}; commit, and run it again"
+        )
     report.publish(folder, PUBLISHED, ROOT / "README.md")
     print(f"published: {PUBLISHED}, README.md")
 
@@ -226,11 +244,7 @@ def build_book(folder: Path) -> Path:
     Raises:
         RunError: nothing to build from, or a page has a broken link or a missing number.
     """
-    missing = [name for name in notebook_names() if not (folder / f"{name}.ipynb").exists()]
-    if missing:
-        raise RunError(
-            f"{folder} has no executed {', '.join(missing)}; make them first: make all PROFILE={folder.name}"
-        )
+    _check_executed(folder)
     html, stamp_file = BOOK / "_build" / "html", BOOK / "_build" / "stamp.json"
     with cache.lock(BOOK / "_build" / "build.lock"):
         source = BOOK / "_build" / "source"
@@ -302,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = Path(p.results_dir) / p.profile
             succeeded = run_notebooks(p) if arguments.step in ("notebooks", "all") else True
         if arguments.step == "publish":
-            publish(folder)
+            publish(p)
         if arguments.step in ("book", "all"):
             print(f"The report: {build_book(folder).resolve()}")
         if not succeeded:

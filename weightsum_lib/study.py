@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from weightsum_lib import cache, data
 from weightsum_lib.params import Params, ParamsError
-from weightsum_lib.train import Run, RunConfig, as_dict, build, train
-from weightsum_lib.weights import weighted_sum
+from weightsum_lib.train import Run, RunConfig, build, train
 
+# Read when they are imported: what is edited while they run is not what has run.
+_TRAINING_CODE = cache.source_digest("train")
+_MEASURING_CODE = cache.source_digest("evaluate")
 PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # a file to which progress lines go, so that a notebook stays clean
 
 
@@ -70,6 +72,7 @@ class Study:
         self.params = params
         self.device = pick_device(params.device)
         self.precision = pick_precision(self.device)
+        self.commit = cache.commit()  # now: the code that runs was imported just before
         # relative folders are the repository's, wherever the notebook runs
         self.results = cache.PACKAGE.parent / params.results_dir
         self.data_dir = str(cache.PACKAGE.parent / params.data_dir) if params.data_dir else ""
@@ -120,10 +123,10 @@ class Study:
 
     def _folder(self, config: RunConfig) -> Path:
         key = {
-            "config": as_dict(config),
-            "data": {name: self.dataset(name).describe() for name in (config.main, config.support) if name},
+            "config": asdict(config),
+            "data": {name: self.dataset(name).training_digest for name in (config.main, config.support) if name},
             "device": self.device.type,
-            "code": cache.source_digest("train"),
+            "code": _TRAINING_CODE,
         }
         return self.results / "runs" / cache.content_key(key)
 
@@ -147,16 +150,12 @@ class Study:
     def _train(self, config: RunConfig, folder: Path, progress: "_Progress") -> None:
         progress.next(config)
         names = [name for name in (config.main, config.support) if name]
-        parents = [run.networks["main"].state_dict() for run in map(self.run, self._parents(config))]
-        start = weighted_sum(parents, [1.0] * len(parents)) if parents else None
-        if config.start == "sum":  # a sum has no statistics of its own
-            fresh = build(config)
-            start |= {name: buffer for name, buffer in fresh.named_buffers()}
+        parents = [run.networks["main"] for run in map(self.run, self._parents(config))]
         folder.mkdir(parents=True, exist_ok=True)
         run = train(
             config,
             {name: self.dataset(name) for name in names},
-            start=start,
+            start=parents,
             checkpoint=folder / "checkpoint.safetensors",
             on_epoch=progress.epoch,
         )
@@ -164,7 +163,7 @@ class Study:
         with cache.replaced(folder / "networks.safetensors") as temporary:
             save_file(tensors, temporary)
         content = {
-            "config": as_dict(config),
+            "config": asdict(config),
             "data": {name: self.dataset(name).describe() for name in names},
             "history": run.history,
             "checksum": cache.file_sha256(folder / "networks.safetensors"),
@@ -200,7 +199,7 @@ class Study:
             "runs": [self._folder(config).name for config in configs],
             "settings": {**settings, "calibration_images": p.calibration_images, "test_images": p.test_images},
             "data": {name: d.describe() for name, d in sorted(self._datasets.items()) if name in settings["data"]},
-            "code": cache.source_digest("evaluate"),
+            "code": _MEASURING_CODE,
         }
         path = self.results / "measurements" / f"{cache.content_key(key)}.json"
         if not path.exists():

@@ -4,11 +4,12 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -208,7 +209,7 @@ def train(
     config: RunConfig,
     datasets: Mapping,
     *,
-    start: Mapping[str, Tensor] | None = None,
+    start: Sequence[nn.Module] = (),
     checkpoint: Path | None = None,
     on_epoch: Callable[[dict], None] = lambda row: None,
 ) -> Run:
@@ -217,7 +218,8 @@ def train(
     Args:
         config: what to train.
         datasets: name to :class:`~weightsum_lib.data.Dataset`, on the device to train on.
-        start: state dict to fine-tune from, for ``sequential`` runs that don't start at random.
+        start: for ``sequential`` runs that don't start at random: the network to fine-tune, or the
+            networks whose sum is fine-tuned (a sum starts without batch-norm statistics).
         checkpoint: file that keeps the state after each epoch, so that a killed run goes on from there
             with the same numbers; removed when the run ends.
         on_epoch: called with each epoch's row: ``epoch`` (from 1), mean training losses
@@ -229,9 +231,10 @@ def train(
     """
     device = datasets[config.main].train_images.device
     networks = {role: build(config, role).to(device) for role in config.roles}
-    if start is not None:
-        networks["main"].load_state_dict(start)
-    total = WeightSum(list(networks.values())) if config.protocol == "joint" and config.third != "none" else None
+    if start:
+        origin = WeightSum(start).materialize() if len(start) > 1 else start[0]
+        networks["main"].load_state_dict(origin.state_dict())
+    total = WeightSum(list(networks.values())) if config.protocol == "joint" else None
     modules = {**networks, **({"sum": total} if total else {})}
     parameters = [p for network in networks.values() for p in network.parameters()]
     optimizer = torch.optim.SGD(
@@ -303,8 +306,6 @@ def _restore(checkpoint, modules, parameters, optimizer, config) -> list[dict]:
     """Load a checkpoint into the run and return its history; an empty history where there is none."""
     if checkpoint is None or not checkpoint.exists():
         return []
-    from safetensors import safe_open
-
     with safe_open(checkpoint, "pt") as file:
         history = json.loads(file.metadata()["history"])
     tensors = load_file(checkpoint)
@@ -314,8 +315,3 @@ def _restore(checkpoint, modules, parameters, optimizer, config) -> list[dict]:
         p.copy_(tensors[f"parameter.{i}"])
         optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{i}"])
     return history
-
-
-def as_dict(config: RunConfig) -> dict:
-    """The configuration as JSON-able content."""
-    return asdict(config)

@@ -76,6 +76,7 @@ class WeightSum(nn.Module):
         for parameter in self.body.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.new_empty(0)
+        self.train()  # as any new module, whatever mode its parents are in
 
     def weights(self) -> dict[str, Tensor]:
         """The summed parameters by name, attached to the parents' graph."""
@@ -95,7 +96,7 @@ class WeightSum(nn.Module):
     def materialize(self) -> nn.Module:
         """The sum as a plain network of its own, with the sum's batch-norm statistics and mode."""
         network = copy.deepcopy(self.networks[0])
-        network.load_state_dict({**self.weights(), **dict(self.body.named_buffers())})
+        network.load_state_dict({**self.weights(), **dict(self.body.named_buffers())}, strict=False)
         network.zero_grad(set_to_none=True)
         return network.train(self.training)
 
