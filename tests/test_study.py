@@ -158,7 +158,7 @@ def test_figures_and_tables_of_a_whole_page(tiny):
     assert {r["method"] for r in layers} == {m for m in tiny.methods if m != "sequential"}
     assert len(results.layer_table(layers)) == len(tiny.methods) - 1
     figure = plots.layers(layers, "message")
-    assert "norm ratio" in figure.axes[0].get_ylabel()
+    assert "‖W_main‖ / ‖W_support‖" in figure.axes[0].get_ylabel()
     history = study.run(study.config("joint ce", "mnist", "cifar10")).history
     figure = plots.curves({"joint ce": history}, "message", "MNIST", "CIFAR-10")
     assert [a.get_ylabel() for a in figure.axes] == ["training loss (nats)", "validation accuracy (%)"]

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from weightsum_lib.results import CHANCE
 
@@ -159,8 +160,9 @@ def layers(rows: Sequence[dict], message: str) -> Figure:
     left.axhline(1, color="0.4", lw=1, ls=":")
     right.axhline(0, color="0.4", lw=1, ls=":")
     ratios = [r["norm_ratio"] for r in rows]
-    left.set(yscale="log", ylabel="norm ratio ‖W_main‖ / ‖W_support‖")
+    left.set(yscale="log", ylabel="‖W_main‖ / ‖W_support‖")
     left.set_ylim(min(0.2, min(ratios) / 1.2), max(5, max(ratios) * 1.2))
+    left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     left.yaxis.set_major_formatter("{x:g}")
     left.minorticks_off()
     right.set(ylabel="cosine of the two weights", ylim=(-1, 1))
