@@ -31,13 +31,13 @@ def interval(values: Sequence[float]) -> dict:
 
 
 def format_interval(of: dict, digits: int = 1) -> str:
-    """ "97.3" or "97.3 ± 0.2".
+    """A mean such as "97.3", or with its interval "97.3 ± 0.2"; a true minus sign, spaces that don't break.
 
-    >>> format_interval({"mean": 97.25, "half": 0.21, "n": 3})
-    '97.2 ± 0.2'
+    >>> format_interval({"mean": -97.25, "half": None, "n": 1})
+    '−97.2'
     """
-    text = f"{of['mean']:.{digits}f}"
-    return text if of["half"] is None else f"{text} ± {of['half']:.{digits}f}"
+    text = f"{of['mean']:.{digits}f}".replace("-", "−")
+    return text if of["half"] is None else f"{text}\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{of['half']:.{digits}f}"
 
 
 def summarize(rows: Iterable[dict], by: Sequence[str], columns: Sequence[str]) -> list[dict]:
