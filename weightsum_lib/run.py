@@ -174,8 +174,6 @@ def own_kernel() -> None:
 def run_notebooks(p: Params) -> bool:
     """Execute all notebooks of a profile, one after another; a failure doesn't stop the others."""
     own_kernel()
-    # Threads that spin for long while they wait would starve every other process that computes meanwhile.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     folder = Path(p.results_dir) / p.profile
     folder.mkdir(parents=True, exist_ok=True)
     todo = notebook_names()
