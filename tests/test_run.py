@@ -221,6 +221,29 @@ def test_a_dataset_that_is_neither_there_nor_allowed_stops_at_once(house, tmp_pa
     assert failed.returncode == 2 and "no SVHN" in failed.stderr and "allow_standin: [svhn]" in failed.stderr
 
 
+def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house, monkeypatch, capsys):
+    """In this process, so that the coverage of the runner is measured."""
+    for name, value in (("JUPYTER_PATH", ""), ("JUPYTER_PREFER_ENV_PATH", "1"), ("WEIGHTSUM_NO_DOWNLOAD", "")):
+        monkeypatch.setenv(name, value)
+    for name, path in (("ROOT", ""), ("NOTEBOOKS", "notebooks"), ("BOOK", "book"), ("PUBLISHED", "book/published")):
+        monkeypatch.setattr(run, name, house.path / path)
+    monkeypatch.setattr(params, "PARAMS_DIR", house.path / "params")
+    monkeypatch.chdir(house.path)
+    smoke = ["--profile", "smoke", "--device", "cpu"]
+    (house.results / "00_how_to_sum.ipynb").unlink()
+    assert run.main(["book", *smoke]) == 2
+    assert "has no executed 00_how_to_sum; make them first: make all PROFILE=smoke" in capsys.readouterr().err
+    assert run.main(["all", *smoke]) == 0
+    said = capsys.readouterr().out
+    assert "00_how_to_sum: done" in said and "03_mnist_svhn: up to date" in said
+    assert (house.results / "00_how_to_sum.ipynb").exists()
+    assert run.main(["publish", *smoke]) == 2
+    assert "commit" in capsys.readouterr().err  # the copy is no checkout
+    assert run.main(["publish", *smoke, "--seeds", "2"]) == 2
+    assert "not of this code and these parameters" in capsys.readouterr().err
+    assert not (house.path / "book" / "published").exists()
+
+
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_runs_in_jupyterlab_with_its_default_parameters(house, name):
     """Cell by cell in the notebooks' folder, as JupyterLab does, without papermill."""
