@@ -19,7 +19,7 @@ def parameters_cell(name):
     return {node.targets[0].id: ast.literal_eval(node.value) for node in ast.parse(cell).body}
 
 
-@pytest.mark.parametrize("profile", ["smoke", "quick", "full"])
+@pytest.mark.parametrize("profile", ["smoke", "quick", "hour", "full"])
 def test_each_profile_is_whole(profile):
     assert params.read(profile).profile == profile
 
@@ -63,7 +63,7 @@ def test_only_the_first_notebook_takes_no_parameters():
         ({"methods": PAIR | {"x": {"protocol": "joint", "third": "cee"}}}, r"method 'x': 'third' .* got 'cee'"),
         (
             {"methods": PAIR | {"x": {"protocol": "independent", "third": "ce"}}},
-            r"only protocol 'joint' has a third term",
+            r"only protocol 'joint' has 'third', not 'independent'",
         ),
         ({"methods": PAIR | {"x": {}}}, r"method 'x': 'protocol' is missing"),
     ],

@@ -5,7 +5,7 @@ import hashlib
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,7 @@ _KNOWN_PIXELS = {
 }
 _EXACT = {"mnist"}  # a file of official size must hold pixels known above
 NO_DOWNLOAD = "WEIGHTSUM_NO_DOWNLOAD"  # set by the runner, which has tried
+_SPLITS = ("train", "val", "test")
 _DOWNLOAD_TIMEOUT = 20  # seconds without an answer
 
 
@@ -67,7 +68,7 @@ class Dataset:
             "source": self.source,
             "note": self.note,
             "checksum": self.checksum,
-            "images": {split: len(getattr(self, f"{split}_labels")) for split in ("train", "val", "test")},
+            "images": {split: len(getattr(self, f"{split}_labels")) for split in _SPLITS},
         }
 
     @cached_property
@@ -82,6 +83,23 @@ class Dataset:
         """The same dataset on a device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Dataset(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+INVERTED = " inverted"
+
+
+def inverted(dataset: Dataset) -> Dataset:
+    """A further task: the same images with each colour replaced by its complement, the same labels."""
+    images = {f"{s}_images": 255 - getattr(dataset, f"{s}_images") for s in _SPLITS}
+    return replace(dataset, name=dataset.name + INVERTED, **images)
+
+
+def joined(datasets: Sequence[Dataset]) -> Dataset:
+    """Several tasks as one: all images, with the class labels that they have in their own task."""
+    kinds = [f"{split}_{kind}" for split in _SPLITS for kind in ("images", "labels")]
+    tensors = {kind: torch.cat([getattr(d, kind) for d in datasets]) for kind in kinds}
+    texts = {k: "+".join(getattr(d, k) for d in datasets) for k in ("name", "source", "note", "checksum")}
+    return Dataset(**texts, **tensors)
 
 
 def load(

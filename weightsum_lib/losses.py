@@ -1,5 +1,6 @@
 """The loss of the question: CE(main) + CE(support) + a third term on the network with the summed weights."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -15,28 +16,28 @@ class ThreeTermLoss(NamedTuple):
     third: Tensor
 
 
-def _none(logits, logits_sum, labels, ce):
+def _none(logits, logits_sum, ce, cross_entropy):
     return logits.new_zeros(())
 
 
-def _ce(logits, logits_sum, labels, ce):
-    return F.cross_entropy(logits_sum, labels)
+def _ce(logits, logits_sum, ce, cross_entropy):
+    return cross_entropy(logits_sum)
 
 
-def _signed_gap(logits, logits_sum, labels, ce):
-    return F.cross_entropy(logits_sum, labels) - ce
+def _signed_gap(logits, logits_sum, ce, cross_entropy):
+    return cross_entropy(logits_sum) - ce
 
 
-def _loss_gap(logits, logits_sum, labels, ce):
-    return (F.cross_entropy(logits_sum, labels) - ce).abs()
+def _loss_gap(logits, logits_sum, ce, cross_entropy):
+    return (cross_entropy(logits_sum) - ce).abs()
 
 
-def _distill(logits, logits_sum, labels, ce):
+def _distill(logits, logits_sum, ce, cross_entropy):
     return F.kl_div(logits_sum.log_softmax(-1), logits.detach().log_softmax(-1), log_target=True, reduction="batchmean")
 
 
-def _logit_difference(logits, logits_sum, labels, ce):
-    return F.cross_entropy(logits_sum - logits, labels)
+def _logit_difference(logits, logits_sum, ce, cross_entropy):
+    return cross_entropy(logits_sum - logits)
 
 
 THIRD_TERMS = {
@@ -59,6 +60,7 @@ def three_term_loss(
     third: str = "ce",
     weight: float = 1.0,
     logits_sum_support: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> ThreeTermLoss:
     """L = CE(z_m, y_m) + CE(z_c, y_c) + weight · third.
 
@@ -82,6 +84,7 @@ def three_term_loss(
         weight: factor on the third term.
         logits_sum_support: f(x_c; θ_m + θ_c) (M, classes). Given, the third term is *symmetric*: the
             same reading with the roles exchanged is added to it.
+        label_smoothing: share of the target that every cross-entropy spreads over all classes.
 
     Returns:
         :class:`ThreeTermLoss` with ``total``, ``main``, ``support``, ``third``.
@@ -99,10 +102,14 @@ def three_term_loss(
     ):
         if logits is not None and (logits.ndim != 2 or len(logits) != len(labels)):
             raise ValueError(f"{name} is {tuple(logits.shape)}; expected ({len(labels)}, classes) to fit its labels")
-    main = F.cross_entropy(logits_main, labels_main)
-    support = F.cross_entropy(logits_support, labels_support)
     reading = THIRD_TERMS[third]
-    third_term = reading(logits_main, logits_sum, labels_main, main)
-    if logits_sum_support is not None:
-        third_term = third_term + reading(logits_support, logits_sum_support, labels_support, support)
+
+    def terms(logits, logits_sum, labels):
+        cross_entropy = partial(F.cross_entropy, target=labels, label_smoothing=label_smoothing)
+        own = cross_entropy(logits)
+        return own, 0 if logits_sum is None else reading(logits, logits_sum, own, cross_entropy)
+
+    main, third_main = terms(logits_main, logits_sum, labels_main)
+    support, third_support = terms(logits_support, logits_sum_support, labels_support)
+    third_term = third_main + third_support
     return ThreeTermLoss(main + support + weight * third_term, main, support, third_term)

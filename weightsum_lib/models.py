@@ -28,6 +28,30 @@ def normalize(images: Tensor) -> Tensor:
     return ((images.float() / 255 - IMAGE_MEAN) / IMAGE_STD).contiguous(memory_format=torch.channels_last)
 
 
+class CenteredBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose ``weight`` is the scale's deviation from 1, so that a sum of two has a scale near 1, not 2.
+
+    In a sum of ordinary ones, a channel that two networks share comes out twice as large as one that a single
+    network uses.
+
+    Args:
+        num_features: channels of the input (N, C, H, W).
+    """
+
+    def reset_parameters(self):
+        """Start at scale 1 and shift 0."""
+        self.reset_running_stats()
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (N, C, H, W), like :class:`torch.nn.BatchNorm2d`."""
+        of_batch = self.training or self.running_mean is None
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, 1 + self.weight, self.bias, of_batch, self.momentum, self.eps
+        )
+
+
 class VGG(nn.Module):
     """VGG with batch norm: convolution blocks, then a classifier of two hidden layers with dropout.
 
@@ -37,21 +61,23 @@ class VGG(nn.Module):
         num_classes: length of the logits.
         width: factor on every hidden size (1.0: 64-128-256-512 channels, 4096 hidden units).
         dropout: probability with which each of the two dropout layers drops a unit.
+        centered_scale: batch norm is :class:`CenteredBatchNorm2d`.
     """
 
-    def __init__(self, convolutions, in_channels=3, num_classes=10, width=1.0, dropout=0.25):
+    def __init__(self, convolutions, in_channels=3, num_classes=10, width=1.0, dropout=0.25, centered_scale=False):
         super().__init__()
         if in_channels not in (1, 3):
             raise ValueError(f"in_channels must be 1 (grey) or 3 (colour), got {in_channels}")
         if width * _BLOCK_CHANNELS[0] < 1:
             raise ValueError(f"width {width} leaves the first block without a channel; it must be at least 1/64")
         self.in_channels = in_channels
+        norm = CenteredBatchNorm2d if centered_scale else nn.BatchNorm2d
         layers, previous = OrderedDict(), in_channels
         for block, (base, count) in enumerate(zip(_BLOCK_CHANNELS, convolutions, strict=True), start=1):
             channels = int(base * width)
             for i in range(1, count + 1):
                 layers[f"conv{block}_{i}"] = nn.Conv2d(previous, channels, 3, padding=1)
-                layers[f"bn{block}_{i}"] = nn.BatchNorm2d(channels)
+                layers[f"bn{block}_{i}"] = norm(channels)
                 layers[f"relu{block}_{i}"] = nn.ReLU()
                 previous = channels
             layers[f"pool{block}"] = nn.MaxPool2d(2)
@@ -107,22 +133,22 @@ class VGG(nn.Module):
         return self.classifier(torch.flatten(self.features(x), 1))
 
 
-def vgg16(in_channels=3, num_classes=10, width=1.0, dropout=0.25) -> VGG:
+def vgg16(in_channels=3, num_classes=10, width=1.0, dropout=0.25, centered_scale=False) -> VGG:
     """Build the network of the question: 64,64 | 128,128 | 256×3 | 512×3, classifier 2048-4096-4096-10.
 
     >>> sum(p.numel() for p in vgg16(in_channels=1).parameters())
     32854474
     """
-    return VGG(_CONVOLUTIONS["vgg16"], in_channels, num_classes, width, dropout)
+    return VGG(_CONVOLUTIONS["vgg16"], in_channels, num_classes, width, dropout, centered_scale)
 
 
-def vgg8(in_channels=3, num_classes=10, width=1.0, dropout=0.25) -> VGG:
+def vgg8(in_channels=3, num_classes=10, width=1.0, dropout=0.25, centered_scale=False) -> VGG:
     """Build :func:`vgg16` with one convolution a block, for a laptop.
 
     >>> vgg8(width=0.25)(torch.zeros(2, 3, 32, 32)).shape
     torch.Size([2, 10])
     """
-    return VGG(_CONVOLUTIONS["vgg8"], in_channels, num_classes, width, dropout)
+    return VGG(_CONVOLUTIONS["vgg8"], in_channels, num_classes, width, dropout, centered_scale)
 
 
 ARCHITECTURES = {"vgg8": vgg8, "vgg16": vgg16}

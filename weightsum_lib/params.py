@@ -10,6 +10,8 @@ import yaml
 
 DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "svhn": "SVHN"}  # name: title
 BASELINE, TRAINED = "independent", "joint ce"  # the methods that the findings compare
+DISJOINT, RANDOM = "disjoint keys", "random keys"  # and the networks that are made to be summed with strangers
+SHARED = "shared start"  # networks for task arithmetic, where a profile has them
 PARAMS_DIR = Path(__file__).parent.parent / "params"
 
 
@@ -19,6 +21,14 @@ class ParamsError(ValueError):
 
 def _positive(value):
     return value > 0
+
+
+def _not_negative(value):
+    return value >= 0
+
+
+def _share(value):
+    return 0 <= value <= 1
 
 
 def _knob(help: str, check=None, expected: str = ""):
@@ -40,10 +50,49 @@ class Method:
     )
     third_weight: float = _knob("factor on the third term", _positive, "> 0")
     symmetric: bool = _knob("the sum must keep the support task too")
+    symmetric_to: str = _knob("whom that term teaches", *_one_of("both", "main"))
+    quiet: float = _knob("factor on how loudly each network answers the other's images", _not_negative, "≥ 0")
+    label_smoothing: float = _knob("share of every target spread over all classes", _share, "from 0 to 1")
+    equal_norms: bool = _knob("both networks' layers are held at equal norms")
+    keys: str = _knob("which channels a network may use", *_one_of("none", "random", "disjoint"))
+    key_share: float = _knob("share of the channels under a key", lambda v: 0 < v <= 1, "more than 0, at most 1")
+    wider: float = _knob("factor on the width of the network in which the sum is made", _positive, "> 0")
+    permuted_support: float = _knob("share of the steps that meet the support network elsewhere", _share, "from 0 to 1")
+    owner_statistics: bool = _knob("in the sum each channel has its owner's batch-norm statistics; disjoint keys")
+    centered_scale: bool = _knob("batch norm stores its scale's deviation from 1")
+    start: str = _knob("where independent networks start", *_one_of("random", "shared"))
     seeds: int = _knob("at most so many seeds", _positive, "≥ 1")
 
 
-METHOD_DEFAULTS = {"third": "none", "third_weight": 1.0, "symmetric": False, "seeds": 1_000}
+METHOD_DEFAULTS = {
+    "third": "none",
+    "third_weight": 1.0,
+    "symmetric": False,
+    "symmetric_to": "both",
+    "quiet": 0.0,
+    "label_smoothing": 0.0,
+    "equal_norms": False,
+    "keys": "none",
+    "key_share": 1.0,
+    "wider": 1.0,
+    "permuted_support": 0.0,
+    "owner_statistics": False,
+    "centered_scale": False,
+    "start": "random",
+    "seeds": 1_000,
+}
+
+
+_JOINT_ONLY = (
+    "third",
+    "third_weight",
+    "symmetric",
+    "symmetric_to",
+    "quiet",
+    "equal_norms",
+    "permuted_support",
+    "owner_statistics",
+)
 
 
 @dataclass(frozen=True)
@@ -62,23 +111,26 @@ class Params:
     finetune_epochs: int = _knob("epochs of fine-tuning in `sequential`", _positive, "≥ 1")
     batch_size: int = _knob("images in a step, per task", lambda v: v >= 2, "≥ 2")
     learning_rate: float = _knob("peak learning rate", _positive, "> 0")
-    weight_decay: float = _knob("L2 penalty of SGD", lambda v: v >= 0, "≥ 0")
-    third_ramp: float = _knob("share of the steps in which the third term grows", lambda v: 0 <= v <= 1, "from 0 to 1")
+    weight_decay: float = _knob("L2 penalty of SGD", _not_negative, "≥ 0")
+    third_ramp: float = _knob("share of the steps in which the third term grows", _share, "from 0 to 1")
+    permuted_ramp: float = _knob("share of the steps in which the permuted share grows", _share, "from 0 to 1")
     plane_points: int = _knob(
         "points along an axis of the coefficient plane",
         lambda v: v >= 4 and v % 3 == 1,
         "4, 7, 10, …, so that (1, 1) is one",
     )
     seeds: int = _knob("seeds 0, 1, … of each method", _positive, "≥ 1")
+    ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _not_negative, "≥ 0")
     methods: dict = _knob("label: switches of each row")
+    parts: dict = _knob("label: switches of the rows that only the page on what transfers has")
     allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
     data_dir: str = _knob("folder of the prepared datasets; empty: neither files nor downloads")
     results_dir: str = _knob("folder of trained networks and results")
     device: str = _knob("where to compute", *_one_of("auto", "cpu", "cuda"))
 
     def method(self, label: str) -> Method:
-        """The switches of a row of ``methods``."""
-        return _make(Method, {**METHOD_DEFAULTS, **self.methods[label]}, f"method '{label}'")
+        """The switches of a row of ``methods`` or ``parts``."""
+        return _make(Method, {**METHOD_DEFAULTS, **(self.methods | self.parts)[label]}, f"method '{label}'")
 
     def seeds_of(self, label: str) -> range:
         """The seeds of a row: 0, 1, …, as many as the profile and the method allow."""
@@ -132,17 +184,31 @@ def check(values: Mapping, where: str) -> Params:
         ParamsError: unknown, missing, of the wrong type, or impossible.
     """
     params = _make(Params, values, where)
-    for label, switches in params.methods.items():
+    for label in params.methods.keys() & params.parts.keys():
+        raise ParamsError(f"{where}: '{label}' is in 'methods' and in 'parts'; a row has one name and one place")
+    for label, switches in (params.methods | params.parts).items():
         if not isinstance(switches, Mapping):
             raise ParamsError(
                 f"{where}: method '{label}' must be switches such as {{protocol: joint}}, got {switches!r}"
             )
         method = _make(Method, {**METHOD_DEFAULTS, **switches}, f"{where}: method '{label}'")
-        if method.protocol != "joint" and (method.third != "none" or method.symmetric):
-            raise ParamsError(
-                f"{where}: method '{label}': only protocol 'joint' has a third term, not {method.protocol!r}"
-            )
-    for label in (BASELINE, TRAINED):
+        where_used = f"{where}: method '{label}':"
+        for switch in _JOINT_ONLY:
+            if method.protocol != "joint" and getattr(method, switch) != METHOD_DEFAULTS[switch]:
+                raise ParamsError(f"{where_used} only protocol 'joint' has '{switch}', not '{method.protocol}'")
+        if method.protocol != "independent" and method.start != "random":
+            raise ParamsError(f"{where_used} only protocol 'independent' has 'start', not '{method.protocol}'")
+        if method.protocol == "sequential" and set(switches) - {"protocol", "seeds"}:
+            raise ParamsError(f"{where_used} 'sequential' takes the networks of '{BASELINE}', no switches of its own")
+        if (method.key_share < 1) != (method.keys != "none"):
+            raise ParamsError(f"{where_used} 'keys' and a 'key_share' below 1 go together, got {dict(switches)}")
+        if method.keys == "disjoint" and (method.key_share > 0.5 or method.permuted_support):
+            raise ParamsError(f"{where_used} disjoint keys want key_share ≤ ½ and no permuted_support")
+        if method.owner_statistics and method.keys != "disjoint":
+            raise ParamsError(f"{where_used} 'owner_statistics' wants disjoint keys: else a channel has no one owner")
+        if method.symmetric_to != "both" and not method.symmetric:
+            raise ParamsError(f"{where_used} 'symmetric_to' wants 'symmetric: true'")
+    for label in (BASELINE, TRAINED, DISJOINT, RANDOM):
         if label not in params.methods:
             raise ParamsError(f"{where}: 'methods' lacks '{label}', which the findings of the report compare")
     for name in params.allow_standin:

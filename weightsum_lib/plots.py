@@ -8,6 +8,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from weightsum_lib.params import DATASETS
 from weightsum_lib.results import CHANCE
 
 # Okabe & Ito 2008: told apart by colour-blind readers; markers differ too, for print.
@@ -201,6 +202,133 @@ def plane(planes: Mapping[str, dict], titles: Mapping[str, str], message: str) -
     return figure
 
 
+def policies(rows: Sequence[dict], columns: Mapping[str, str], names: Sequence[str], message: str) -> Figure:
+    """Accuracy of every sum under every batch-norm policy: a row a method, a column a policy, a panel a task.
+
+    Args:
+        rows: summarized rows with ``method``, ``policy`` and the columns.
+        columns: key of the rows to the panel's title.
+        names: the policies, in order; one that a method has not stays empty.
+        message: what the figure says.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, panels = plt.subplots(
+        1, len(columns), figsize=(3.2 + 3.4 * len(columns), 1.6 + 0.38 * len(methods)), sharey=True, squeeze=False
+    )
+    for axes, (column, title) in zip(panels[0], columns.items(), strict=True):
+        found = {(row["method"], row["policy"]): row[column]["mean"] for row in rows}
+        values = np.array([[found.get((m, name), np.nan) for name in names] for m in methods])
+        sns.heatmap(
+            values, vmin=0, vmax=100, cmap="cividis", annot=True, fmt=".0f", annot_kws={"size": 9}, cbar=False,
+            xticklabels=[name.replace("_", "\n") for name in names], yticklabels=methods, ax=axes,
+        )  # fmt: skip
+        axes.set_title(title, fontweight="normal")
+        axes.tick_params(axis="both", rotation=0, labelsize=9)
+        axes.grid(False)
+    return _message(figure, message)
+
+
+def why(explained: Sequence[dict], lost: Sequence[dict], titles: Mapping[str, str], message: str) -> Figure:
+    """What the partner does inside the sum, and where the accuracy is lost.
+
+    Args:
+        explained: rows of :func:`weightsum_lib.evaluate.explained_variance`.
+        lost: summarized rows with ``method`` and, for each dataset, ``loudness_`` and ``interference_`` + its name.
+        titles: the two dataset names to their titles; ``explained`` is measured on the first one's images.
+        message: what the figure says.
+    """
+    methods = list(dict.fromkeys(row["method"] for row in lost))
+    figure, panels = plt.subplots(
+        1, 3, figsize=(13, 2.6 + 0.36 * len(methods)), width_ratios=[1.35, 1, 1], layout="constrained"
+    )
+    for i, method in enumerate(dict.fromkeys(row["method"] for row in explained)):
+        own = [row for row in explained if row["method"] == method]
+        values = [row["explained"] for row in own]
+        panels[0].plot([r["layer"] for r in own], values, marker=_MARKERS[i % len(_MARKERS)], ms=6, label=method)
+    first = next(iter(titles.values()))
+    panels[0].set(ylim=(0, 1.03), ylabel="variance explained by θ of " + first + " alone")
+    panels[0].set_title(f"inside the sum, on {first}, seed 0", fontweight="normal")
+    panels[0].legend(fontsize=9, loc="lower left", framealpha=0.9, frameon=True)
+    for axes, (name, title) in zip(panels[1:], titles.items(), strict=True):
+        left = np.zeros(len(methods))
+        for kind, label, colour in (
+            ("loudness", "to the other's loud answers", CONTROL),
+            ("interference", "to interference of weights", AFTER),
+        ):
+            values = np.array([row[f"{kind}_{name}"]["mean"] for row in lost])
+            axes.barh(methods, np.maximum(values, 0), left=left, color=colour, label=label)
+            left += np.maximum(values, 0)
+        axes.set_title(f"lost on {title}", fontweight="normal")
+        axes.set(xlabel=f"points of test accuracy, {_n(lost).split(',')[0]}", xlim=(0, 100))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+    panels[2].set_yticks([])
+    panels[1].legend(fontsize=9, loc="lower right")
+    figure.suptitle(message, x=0.01, ha="left", fontweight="bold", fontsize=12)
+    plt.close(figure)
+    return figure
+
+
+def against_overlap(
+    rows: Sequence[dict], titles: Mapping[str, str], controls: Mapping[str, float], message: str
+) -> Figure:
+    """Task 3 against the share of channels that the two networks have in common, a panel a task.
+
+    Args:
+        rows: summarized rows with ``method``, ``overlap`` (0 to 1), ``n``, and ``before_``, ``after_`` + dataset.
+        titles: the two dataset names to their titles.
+        controls: dataset name to the accuracy of the other task's network there, a line.
+        message: what the figure says.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True, sharex=True)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        rest = [row for row in rows if not row.get("line")]
+        line = sorted((row for row in rows if row.get("line")), key=lambda row: row["overlap"])
+        x, after = [r["overlap"] for r in line], [r[f"after_{name}"] for r in line]
+        axes.plot(x, [r[f"before_{name}"]["mean"] for r in line], "o--", mfc="white", color=BEFORE, label="before")
+        halves = [v["half"] or 0 for v in after]
+        axes.errorbar(
+            x, [v["mean"] for v in after], yerr=halves, fmt="o-", capsize=3, color=AFTER, label="the sum, random keys"
+        )
+        for i, row in enumerate(rest):
+            value = row[f"after_{name}"]
+            axes.errorbar(
+                row["overlap"], value["mean"], yerr=value["half"], fmt=_MARKERS[1 + i % 7], ms=7, capsize=3,
+                color=f"C{2 + i % 4}", label=row["method"],
+            )  # fmt: skip
+        axes.axhline(controls[name], color=CONTROL, ls="-.", lw=1, label="control: the other network alone")
+        axes.axhline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
+        axes.set(xlabel="share of channels in common, k", ylim=(0, 101), title=f"on {title}", xlim=(-0.04, 1.04))
+        axes.title.set_fontweight("normal")
+    panels[0].set_ylabel(f"test accuracy (%), {_n(rows).split(',')[0]}")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncol=4, fontsize=9
+    )
+    return _message(figure, message)
+
+
+def number_of_networks(rows: Sequence[dict], message: str) -> Figure:
+    """What each task keeps when one network after another joins the sum, a panel a method.
+
+    Args:
+        rows: dicts with ``method``, ``networks`` (how many are summed), ``task`` and ``kept`` (percent).
+        message: what the figure says.
+    """
+    methods, tasks = (list(dict.fromkeys(row[k] for row in rows)) for k in ("method", "task"))
+    figure, panels = plt.subplots(1, len(methods), figsize=(4.6 * len(methods), 3.8), sharey=True, squeeze=False)
+    for axes, method in zip(panels[0], methods, strict=True):
+        for i, task in enumerate(tasks):
+            own = [row for row in rows if (row["method"], row["task"]) == (method, task)]
+            axes.plot([r["networks"] for r in own], [r["kept"] for r in own], marker=_MARKERS[i], ms=6, label=task)
+        axes.axhline(100, color="0.5", ls=":", lw=1)
+        axes.set(xlabel="networks in the sum", ylim=(0, 105), title=method)
+        axes.title.set_fontweight("normal")
+        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    panels[0, 0].set_ylabel("kept: after / before (%), seed 0")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncol=4)
+    return _message(figure, message)
+
+
 def examples(datasets: Sequence, message: str, each: int = 10) -> Figure:
     """The first test image of each class, a row a dataset.
 
@@ -216,5 +344,5 @@ def examples(datasets: Sequence, message: str, each: int = 10) -> Figure:
             axes.imshow(dataset.test_images[index].permute(1, 2, 0).cpu().numpy())
             axes.set(xticks=[], yticks=[])
         kind = "" if dataset.source == "real" else "\n(stand-in)"
-        row[0].set_ylabel(f"{dataset.name}{kind}", fontsize=9, rotation=0, ha="right", va="center")
+        row[0].set_ylabel(f"{DATASETS[dataset.name]}{kind}", fontsize=9, rotation=0, ha="right", va="center")
     return _message(figure, message)

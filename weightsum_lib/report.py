@@ -8,7 +8,7 @@ import yaml
 from weightsum_lib import cache, plots, results
 from weightsum_lib.params import DATASETS
 
-_TASKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn")
+_TASKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_transfers")
 
 
 def write_headline(folder: Path, target: Path) -> None:
@@ -73,8 +73,8 @@ def write_headline(folder: Path, target: Path) -> None:
                     ["precision of the forward pass", last["precision"]],
                     *([package, number] for package, number in last["versions"].items()),
                     ["commit of the code", last["commit"]],
-                    *([k, str(v)] for k, v in p.items() if k not in ("methods", "data_dir", "results_dir")),
-                    *([f"method: {label}", str(switches)] for label, switches in p["methods"].items()),
+                    *([k, str(v)] for k, v in p.items() if k not in ("methods", "parts", "data_dir", "results_dir")),
+                    *([f"method: {label}", str(switches)] for label, switches in (p["methods"] | p["parts"]).items()),
                 ],
             },
             "times": {

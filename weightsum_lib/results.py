@@ -125,33 +125,89 @@ def finding(baseline: dict, trained: dict, difference: dict, counted: bool, task
 _SACRIFICED = ", but its networks were already worse before the sum than those trained apart"
 
 
-def finding_unmet(baseline: dict, trained: dict, counted: bool, titles: dict[str, str]) -> str:
-    """One plain sentence on a sum of two networks that never met.
+def finding_unmet(rows: dict[str, dict], counted: dict[str, bool], titles: dict[str, str]) -> str:
+    """Plain sentences on sums of two networks that never met.
 
     Args:
-        baseline: the summarized row (``before_``, ``after_``, ``other_`` + dataset) of networks trained apart.
-        trained: that of the networks trained with the third term, each with a support network of its own.
-        counted: whether the trained networks count (:func:`counts`).
+        rows: the summarized rows to speak of, in order, by method: the baseline first (``policy``, ``n``, and
+            ``before_``, ``after_``, ``kept_``, ``other_`` + dataset).
+        counted: whether a method counts (:func:`counts`).
         titles: the two datasets' names to their titles.
     """
+    first, second = titles
 
-    def read(row, name, title):
-        before, after = row[f"before_{name}"], row[f"after_{name}"]
+    def read(row, name):
+        before, after, kept = (row[f"{kind}_{name}"] for kind in ("before", "after", "kept"))
         return (
-            f"{format_interval(after)} % of {title} ({format_interval(before)} % before; "
-            f"it {verdict(before['mean'], after['mean'])})"
+            f"{format_interval(after)} % of {titles[name]} ({format_interval(before)} % before, kept "
+            f"{format_interval(kept)} %; it {verdict(before['mean'], after['mean'])})"
         )
 
-    first, second = titles
-    apart = [format_interval(baseline[f"after_{name}"]) for name in titles]
-    other = [format_interval(trained[f"other_{name}"]) for name in titles]
+    parts = [
+        f"`{method}` (policy `{row['policy']}`, n = {row['n']}): {read(row, first)} and {read(row, second)}"
+        f"{'' if counted.get(method, True) else _SACRIFICED}"
+        for method, row in rows.items()
+    ]
+    last = list(rows.values())[-1]
+    other = [format_interval(last[f"other_{name}"]) for name in titles]
     return (
-        f"Summed without ever having met, the `{trained['method']}` networks read "
-        f"{read(trained, first, titles[first])} and {read(trained, second, titles[second])}, n = {trained['n']}"
-        f"{'' if counted else _SACRIFICED}; networks trained apart (`{baseline['method']}`) {apart[0]} % and "
-        f"{apart[1]} %. Control: alone, θ of {titles[second]} reads {other[0]} % of {titles[first]}, and "
+        f"What the sum of two networks that never met reads. {'. '.join(parts)}. "
+        f"Control, of the last pair: alone, θ of {titles[second]} reads {other[0]} % of {titles[first]}, and "
         f"θ of {titles[first]} {other[1]} % of {titles[second]}."
     )
+
+
+def finding_transfer(disjoint: dict, random: dict, sparsest: dict, three: dict, titles: dict, all_titles: dict) -> str:
+    """Plain sentences on what lets networks that never met be summed.
+
+    Args:
+        disjoint: the summarized row of disjoint keys (``policy``, ``n``, and ``kept_`` + dataset).
+        random: that of random keys.
+        sparsest: that of the random keys with the least overlap, with ``overlap``.
+        three: that of a sum of three under disjoint keys.
+        titles: the two datasets' names to their titles.
+        all_titles: the same for the three.
+    """
+
+    def kept(row, names):
+        return ", ".join(f"{format_interval(row[f'kept_{n}'])} % of {title}" for n, title in names.items())
+
+    def targets(row, names, wanted):
+        missed = [title for n, title in names.items() if row[f"kept_{n}"]["mean"] < wanted]
+        return f"the aim of {wanted:g} % is " + (f"missed on {' and '.join(missed)}" if missed else "reached on all")
+
+    return (
+        f"Under disjoint keys the state dicts are added, buffers and all, and the sum keeps {kept(disjoint, titles)} "
+        f"(policy `{disjoint['policy']}`, n = {disjoint['n']}; {targets(disjoint, titles, 99.5)}). "
+        f"Under random keys, with nothing agreed, it keeps {kept(random, titles)} (policy `{random['policy']}`, "
+        f"n = {random['n']}; {targets(random, titles, 98)}); with the least overlap tried, "
+        f"k = {sparsest['overlap']:g}, {kept(sparsest, titles)} (n = {sparsest['n']}). "
+        f"Three networks under disjoint keys, none of which has met another, keep {kept(three, all_titles)} "
+        f"(n = {three['n']}; {targets(three, all_titles, 98)})."
+    )
+
+
+def switch_table(methods: dict[str, dict]) -> pd.DataFrame:
+    """The switches of some rows of the report as they stand in the parameter file, in words."""
+    shown = {
+        m: ", ".join(k if v is True else f"{k} {v}" for k, v in s.items() if k != "seeds") for m, s in methods.items()
+    }
+    return pd.DataFrame({"Method": shown.keys(), "Switches": shown.values()})
+
+
+def loss_split(rows: Iterable[dict], names: Sequence[str]) -> list[dict]:
+    """Where task 3's accuracy is lost, in points.
+
+    ``loudness_`` + dataset = before − ensemble of logits; ``interference_`` + dataset = ensemble − sum of weights.
+    """
+    return [
+        {
+            **row,
+            **{f"loudness_{n}": row[f"before_{n}"] - row[f"ensemble_{n}"] for n in names},
+            **{f"interference_{n}": row[f"ensemble_{n}"] - row[f"after_{n}"] for n in names},
+        }
+        for row in rows
+    ]
 
 
 def headline_row(row: dict, task: str, networks: str, control: dict, suffix: str = "") -> dict:
@@ -181,17 +237,20 @@ def layer_table(rows: Sequence[dict]) -> pd.DataFrame:
     return pd.DataFrame(out)
 
 
-def unmet_table(rows: Sequence[dict], titles: dict[str, str]) -> pd.DataFrame:
-    """Task 3's table: for each task before, after, kept, and the other task's network."""
-    columns = {"method": "Method"}
-    for name, title in titles.items():
-        columns |= {
-            f"before_{name}": f"{title} before (%)",
-            f"after_{name}": f"{title} after (%)",
-            f"kept_{name}": f"{title} kept (%)",
-            f"other_{name}": f"control: other network on {title} (%)",
-        }
-    return table(rows, {**columns, "n": "n"})
+def unmet_table(rows: Sequence[dict], name: str) -> pd.DataFrame:
+    """Task 3's table for one of its two tasks, the ceiling and the controls beside the sum."""
+    columns = {
+        "method": "Method",
+        "policy": "Policy",
+        f"before_{name}": "Before (%)",
+        f"ensemble_{name}": "Ensemble of logits (%)",
+        f"after_{name}": "The sum (%)",
+        f"kept_{name}": "Kept (%)",
+        f"other_{name}": "Control: other network alone (%)",
+        f"renamed_{name}": "Control: SVHN's classes renamed (%)",
+        "n": "n",
+    }
+    return table(rows, columns)
 
 
 def table(rows: Sequence[dict], columns: dict[str, str]) -> pd.DataFrame:

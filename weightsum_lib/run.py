@@ -130,6 +130,9 @@ def _papermill(name: str, p: Params, target: Path) -> str:
                 executed = jupytext.read(aside)
                 for key in ("input_path", "output_path"):  # where this machine keeps its files is nobody's business
                     executed.metadata.get("papermill", {}).pop(key, None)
+                for cell in executed.cells:
+                    if "injected-parameters" in cell.metadata.get("tags", []):
+                        cell.metadata["tags"].append("hide-input")
                 jupytext.write(executed, aside, fmt="ipynb")
                 aside.replace(temporary)
     return error

@@ -4,14 +4,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from weightsum_lib import cache, data
-from weightsum_lib.params import Params, ParamsError
+from weightsum_lib.params import DATASETS, Params, ParamsError
 from weightsum_lib.train import Run, RunConfig, build, train
 
 # Read when they are imported: what is edited while they run is not what has run.
@@ -80,8 +80,15 @@ class Study:
         self._runs: dict[str, Run] = {}
 
     def dataset(self, name: str) -> data.Dataset:
-        """One of the datasets, on the study's device."""
-        if name not in self._datasets:
+        """One of the datasets, on the study's device.
+
+        ``"<name> inverted"`` has each colour replaced by its complement, ``"<name>+<name>"`` is both as one.
+        """
+        if name not in self._datasets and "+" in name:
+            self._datasets[name] = data.joined([self.dataset(part) for part in name.split("+")])
+        elif name not in self._datasets and name.endswith(data.INVERTED):
+            self._datasets[name] = data.inverted(self.dataset(name.removesuffix(data.INVERTED)))
+        elif name not in self._datasets:
             p = self.params
             loaded = data.load(
                 name, self.data_dir, p.allow_standin, p.train_images, p.test_images, str(self.results / "standins")
@@ -102,13 +109,22 @@ class Study:
         p, m = self.params, self.params.method(method)
         shared = {k: getattr(p, k) for k in ("arch", "width", "dropout", "epoch_images", "epochs", "batch_size")}
         shared |= {"learning_rate": p.learning_rate, "weight_decay": p.weight_decay, "precision": self.precision}
+        if "+" in main:  # one network on two tasks sees as many images of each as two networks do
+            shared["epoch_images"] *= 1 + main.count("+")
+        shared["width"] *= m.wider
         config = RunConfig(protocol=m.protocol, main=main, seed=seed, **shared)
         if m.protocol == "joint":
-            terms = {"third": m.third, "third_weight": m.third_weight, "symmetric": m.symmetric}
-            return replace(config, support=support, third_ramp=p.third_ramp, **terms)
+            switches = {
+                f.name: getattr(m, f.name) for f in fields(m) if f.name not in ("protocol", "wider", "start", "seeds")
+            }
+            ramps = {"third_ramp": p.third_ramp, "permuted_ramp": p.permuted_ramp if m.permuted_support else 0.0}
+            return replace(config, support=support, **switches, **ramps)
         if m.protocol == "sequential":
             return replace(config, support=support, start=start, finetune_epochs=p.finetune_epochs)
-        return config
+        # Trained alone, a network doesn't know its key: it is the dense network of that size.
+        width = config.width * m.key_share
+        own = {k: getattr(m, k) for k in ("label_smoothing", "centered_scale", "start")}
+        return replace(config, width=width, **own)
 
     def alone(self, config: RunConfig) -> RunConfig:
         """The independent run of a sequential run's main task."""
@@ -185,7 +201,7 @@ class Study:
 
     def describe_data(self) -> dict[str, dict]:
         """What was read so far, by dataset (:meth:`weightsum_lib.data.Dataset.describe`)."""
-        return {name: dataset.describe() for name, dataset in sorted(self._datasets.items())}
+        return {name: d.describe() for name, d in sorted(self._datasets.items()) if name in DATASETS}
 
     def training_seconds(self) -> float:
         """Seconds that it took to train all runs used so far, whenever that was."""

@@ -1,6 +1,7 @@
 """One training run: a function of a frozen configuration, its datasets, and the weights it starts from."""
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -12,8 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightsum_lib import cache
+from weightsum_lib.batchnorm import recalibrate
+from weightsum_lib.keys import Key, compact, deal, draw, hidden_sizes
 from weightsum_lib.losses import three_term_loss
 from weightsum_lib.models import ARCHITECTURES, normalize
 from weightsum_lib.weights import WeightSum
@@ -21,6 +25,7 @@ from weightsum_lib.weights import WeightSum
 _SHIFT = 2  # pixels by which a training image is moved at most
 _FLIPPED = ("cifar10",)  # digits are never mirrored
 _MAX_GRADIENT = 5.0  # L2 norm to which the gradient is clipped: early steps of a sum can be wild
+_CALIBRATION = 500  # training images that set the batch-norm statistics of a sum before it is validated
 _WARMUP = 0.2  # share of the steps in which the learning rate grows
 
 
@@ -30,7 +35,10 @@ class RunConfig:
 
     ``protocol`` is "independent" (one network on ``main``), "joint" (a pair, with the third term on its
     sum) or "sequential" (fine-tuning on ``main`` from ``start``: "sum" of two independent networks,
-    "main" alone, or "random" weights).
+    "main" alone, or "random" weights). An independent network may also ``start`` "shared": at the weights
+    at which every such network of its seed starts. The switches are those of
+    :class:`weightsum_lib.params.Method`. ``width`` is that of the sum; under a key a network has the share
+    ``key_share`` of it.
     """
 
     protocol: str
@@ -50,6 +58,16 @@ class RunConfig:
     third_weight: float = 1.0
     third_ramp: float = 0.0
     symmetric: bool = False
+    symmetric_to: str = "both"
+    label_smoothing: float = 0.0
+    equal_norms: bool = False
+    keys: str = "none"
+    key_share: float = 1.0
+    permuted_support: float = 0.0
+    permuted_ramp: float = 0.0
+    owner_statistics: bool = False
+    centered_scale: bool = False
+    quiet: float = 0.0
     start: str = "random"
     precision: str = "float32"
 
@@ -66,12 +84,15 @@ class RunConfig:
     @property
     def passes(self) -> int:
         """Forward and backward passes of a network in one step, a measure of the work."""
-        return {"joint": 4 if self.symmetric else 3}.get(self.protocol, 1)
+        return 3 + self.symmetric if self.protocol == "joint" else 1
 
     def describe(self) -> str:
         """A short name for a line on the terminal."""
         how = f"{self.protocol} {self.third}" if self.protocol == "joint" else self.protocol
-        how += f" from {self.start}" if self.protocol == "sequential" else ""
+        how += f" from {self.start}" if self.start != "random" or self.protocol == "sequential" else ""
+        how += f" {self.keys} keys {self.key_share:g}" if self.keys != "none" else ""
+        how += " symmetric" if self.symmetric else ""
+        how += " permuted" if self.permuted_support else ""
         tasks = "+".join(self.roles.values())
         return f"{how} {tasks} seed {self.seed}"
 
@@ -86,6 +107,8 @@ class RunConfig:
             "joint": f"{self.main} with support" if role == "main" else f"{self.support} as support of {self.main}",
             "sequential": f"{self.main} fine-tuned from {self.start}",
         }[self.protocol]
+        if self.start == "shared" and purpose == "initialization":
+            owner = "shared start"
         text = f"{self.seed}/{owner}/{purpose}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
@@ -103,8 +126,27 @@ def build(config: RunConfig, role: str = "main") -> nn.Module:
     """The untrained network of a run, its weights drawn from its own stream."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.stream(role, "initialization"))
-        network = ARCHITECTURES[config.arch](width=config.width, dropout=config.dropout)
+        network = ARCHITECTURES[config.arch](
+            width=config.width * config.key_share, dropout=config.dropout, centered_scale=config.centered_scale
+        )
     return network.to(memory_format=torch.channels_last)
+
+
+def key_sizes(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """The hidden sizes of a run's networks, and those of the wide network in which they are summed."""
+    with torch.device("meta"):
+        widths = (config.width * config.key_share, config.width)
+        small, wide = (hidden_sizes(ARCHITECTURES[config.arch](width=w)) for w in widths)
+    return small, wide
+
+
+def key_of(config: RunConfig, role: str, block: int) -> Key | None:
+    """The key of one network of a run: None, its own draw, or the dealt ``block`` of disjoint keys."""
+    if config.keys == "none":
+        return None
+    if config.keys == "disjoint":
+        return deal(*key_sizes(config), block)
+    return draw(*key_sizes(config), torch.Generator().manual_seed(config.stream(role, "key")))
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -140,7 +182,7 @@ class _Batches:
 
     def __init__(self, config: RunConfig, role: str, dataset, steps: int):
         self.config, self.role, self.dataset, self.steps = config, role, dataset, steps
-        self.flip = dataset.name in _FLIPPED
+        self.flip = dataset.name.split(" ")[0] in _FLIPPED
 
     def epoch(self, epoch: int):
         """Yield the epoch's ``steps`` batches: network input (N, 3, 32, 32) and labels (N,)."""
@@ -166,25 +208,90 @@ def _third_weight(config: RunConfig, progress: float) -> float:
     return config.third_weight * min(1.0, progress / config.third_ramp if config.third_ramp else 1.0)
 
 
+def _with_own_statistics(network: nn.Module, x: Tensor) -> Tensor:
+    """The output of a network in training whose batch norm uses the running statistics, as it will after training."""
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    for norm in norms:
+        norm.eval()
+    try:
+        return network(x).float()
+    finally:
+        for norm in norms:
+            norm.train()
+
+
+def _uniformity(logits: Tensor) -> Tensor:
+    """Cross-entropy to the uniform distribution, less its minimum (nats): how loudly a network answers."""
+    return -logits.log_softmax(-1).mean() - math.log(logits.shape[-1])
+
+
 def _step_losses(config, networks, total, batches, progress) -> dict[str, Tensor]:
     """One step's named losses; ``batches`` holds (x, y) by role, ``total`` is the sum or None."""
     x, y = batches["main"]
     logits = networks["main"](x).float()
     if total is None:
-        loss = torch.nn.functional.cross_entropy(logits, y)
+        loss = torch.nn.functional.cross_entropy(logits, y, label_smoothing=config.label_smoothing)
         return {"total": loss, "main": loss}
     x_support, y_support = batches["support"]
+    logits_support = networks["support"](x_support).float()
+    weight, held = _third_weight(config, progress), [1] if config.symmetric_to == "main" else []
+    logits_sum_support, quiet = None, 0.0
+    if config.owner_statistics or config.quiet:
+        by_support = _with_own_statistics(networks["support"], x)
+        by_main = _with_own_statistics(networks["main"], x_support)
+        quiet = config.quiet * (_uniformity(by_support) + _uniformity(by_main))
+    if config.owner_statistics:  # the keys are disjoint, so that the sum of the weights adds the logits
+        logits_sum = logits + by_support
+        logits_sum_support = (logits_support.detach() if held else logits_support) + by_main
+    else:
+        logits_sum = total(x).float()
+        if config.symmetric:
+            logits_sum_support = total(x_support, held).float()
     terms = three_term_loss(
         logits,
         y,
-        networks["support"](x_support).float(),
+        logits_support,
         y_support,
-        total(x).float(),
+        logits_sum,
         third=config.third,
-        weight=_third_weight(config, progress),
-        logits_sum_support=total(x_support).float() if config.symmetric else None,
+        weight=weight,
+        logits_sum_support=logits_sum_support if config.symmetric else None,
+        label_smoothing=config.label_smoothing,
     )
-    return terms._asdict()
+    return terms._asdict() | {"total": terms.total + weight * quiet}
+
+
+class _Keys:
+    """Where the two networks of a pair lie in their sum, step by step."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        if config.keys == "none":
+            small, wide = key_sizes(config)
+            self.own = [deal(small, wide, 0)] * 2
+        else:
+            self.own = [key_of(config, role, block) for block, role in enumerate(config.roles)]
+
+    def epoch(self, epoch: int, steps: int):
+        """Yield each step's keys, or None for those of the step before."""
+        config, sizes = self.config, key_sizes(self.config)
+        generator = torch.Generator().manual_seed(config.stream("support", f"permutations of epoch {epoch}"))
+        own = compact(self.own)
+        for step in range(steps):
+            progress = (epoch * steps + step) / (config.epochs * steps)
+            share = config.permuted_support * min(1.0, progress / config.permuted_ramp if config.permuted_ramp else 1.0)
+            permuted = torch.rand((), generator=generator) < share
+            yield compact([self.own[0], draw(*sizes, generator)]) if permuted else own
+
+
+@torch.no_grad()
+def _equalize_norms(networks: Mapping[str, nn.Module]) -> None:
+    """Scale each layer's weights of both networks to the mean of their norms."""
+    for layer in zip(*(n.modules() for n in networks.values()), strict=True):
+        if isinstance(layer[0], nn.Conv2d | nn.Linear):
+            norms = [module.weight.norm() for module in layer]
+            for module, norm in zip(layer, norms, strict=True):
+                module.weight *= sum(norms) / len(norms) / norm
 
 
 @torch.no_grad()
@@ -224,7 +331,8 @@ def train(
             with the same numbers; removed when the run ends.
         on_epoch: called with each epoch's row: ``epoch`` (from 1), mean training losses
             ``loss_main``, ``loss_support``, ``loss_third`` (nats), validation accuracies
-            ``val_main``, ``val_support``, ``val_sum`` (percent), ``seconds``.
+            ``val_main``, ``val_support``, ``val_sum``, and where the third term is symmetric
+            ``val_sum_support`` (the sum on the support task; percent), ``seconds``.
 
     Raises:
         FloatingPointError: the loss is no longer finite; says in which epoch.
@@ -234,23 +342,29 @@ def train(
     if start:
         origin = WeightSum(start).materialize() if len(start) > 1 else start[0]
         networks["main"].load_state_dict(origin.state_dict())
-    total = WeightSum(list(networks.values())) if config.protocol == "joint" else None
-    modules = {**networks, **({"sum": total} if total else {})}
+    keyed = config.keys != "none" or config.permuted_support > 0
+    keys, total = _Keys(config) if keyed else None, None
+    if config.protocol == "joint":
+        total = WeightSum(list(networks.values()), keys=compact(keys.own) if keyed else None)
     parameters = [p for network in networks.values() for p in network.parameters()]
     optimizer = torch.optim.SGD(
         parameters, lr=config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True
     )
     steps = config.epoch_images // config.batch_size
     loaders = {role: _Batches(config, role, datasets[name], steps) for role, name in config.roles.items()}
-    history = _restore(checkpoint, modules, parameters, optimizer, config)
+    history = _restore(checkpoint, networks, parameters, optimizer, config)
     for epoch in range(len(history), config.trained_epochs):
         started = time.perf_counter()
-        for module in modules.values():
-            module.train()
+        for network in networks.values():
+            network.train()
+        places = keys.epoch(epoch, steps) if config.permuted_support else itertools.repeat(None, steps)
         sums: dict[str, Tensor] = {}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.stream("main", f"dropout of epoch {epoch}"))
-            for step, batches in enumerate(zip(*(loader.epoch(epoch) for loader in loaders.values()), strict=True)):
+            epoch_batches = zip(*(loader.epoch(epoch) for loader in loaders.values()), strict=True)
+            for step, (batches, place) in enumerate(zip(epoch_batches, places, strict=True)):
+                if place:
+                    total.use_keys(place)
                 progress = (epoch * steps + step) / (config.trained_epochs * steps)
                 for group in optimizer.param_groups:
                     group["lr"] = _learning_rate(config, progress)
@@ -260,6 +374,8 @@ def train(
                 nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                if config.equal_norms:
+                    _equalize_norms(networks)
                 for name, loss in losses.items():  # read once an epoch: no waiting for the device in between
                     sums[name] = sums.get(name, 0) + loss.detach()
         row = {"epoch": epoch + 1}
@@ -269,14 +385,24 @@ def train(
                 f"{config.describe()}: the loss is not finite in epoch {epoch + 1}; "
                 f"lower learning_rate (now {config.learning_rate}) or raise third_ramp (now {config.third_ramp})"
             )
-        for role, module in modules.items():
-            module.eval()
-            dataset = datasets[config.support if role == "support" else config.main]
-            correct = count_correct(module, dataset.val_images, dataset.val_labels, config.precision)
-            row[f"val_{role}"] = 100 * correct / len(dataset.val_labels)
+        for role, network in networks.items():
+            row[f"val_{role}"] = _validate(network.eval(), datasets[config.roles[role]], config.precision)
+        if total:
+            if keyed:
+                total.use_keys(compact(keys.own))
+            for role in list(networks)[: 1 + config.symmetric]:
+                dataset = datasets[config.roles[role]]
+                with autocast(config.precision, device):
+                    if config.owner_statistics:
+                        total.add_statistics()
+                    else:
+                        recalibrate(total, normalize(dataset.train_images[:_CALIBRATION]))
+                row["val_sum" if role == "main" else "val_sum_support"] = _validate(
+                    total.materialize().eval(), dataset, config.precision
+                )
         row["seconds"] = time.perf_counter() - started
         history.append(row)
-        _save(checkpoint, modules, parameters, optimizer, history)
+        _save(checkpoint, networks, parameters, optimizer, history)
         on_epoch(row)
     if checkpoint:
         checkpoint.unlink(missing_ok=True)
@@ -285,15 +411,21 @@ def train(
     return Run(config, networks, history)
 
 
-def _buffers(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """What training changes besides the parameters: batch-norm statistics, the sum's own among them."""
-    return {f"buffer.{role}.{name}": b for role, m in modules.items() for name, b in m.named_buffers()}
+def _validate(network: nn.Module, dataset, precision: str) -> float:
+    """Percent of the validation images."""
+    correct = count_correct(network, dataset.val_images, dataset.val_labels, precision)
+    return 100 * correct / len(dataset.val_labels)
 
 
-def _save(checkpoint, modules, parameters, optimizer, history) -> None:
+def _buffers(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What training changes besides the parameters: batch-norm statistics."""
+    return {f"buffer.{role}.{name}": b for role, n in networks.items() for name, b in n.named_buffers()}
+
+
+def _save(checkpoint, networks, parameters, optimizer, history) -> None:
     if checkpoint is None:
         return
-    tensors = {name: b.clone().contiguous() for name, b in _buffers(modules).items()}
+    tensors = {name: b.clone().contiguous() for name, b in _buffers(networks).items()}
     for i, p in enumerate(parameters):
         tensors[f"parameter.{i}"] = p.detach().contiguous()
         tensors[f"momentum.{i}"] = optimizer.state[p]["momentum_buffer"].contiguous()
@@ -302,14 +434,14 @@ def _save(checkpoint, modules, parameters, optimizer, history) -> None:
 
 
 @torch.no_grad()
-def _restore(checkpoint, modules, parameters, optimizer, config) -> list[dict]:
+def _restore(checkpoint, networks, parameters, optimizer, config) -> list[dict]:
     """Load a checkpoint into the run and return its history; an empty history where there is none."""
     if checkpoint is None or not checkpoint.exists():
         return []
     with safe_open(checkpoint, "pt") as file:
         history = json.loads(file.metadata()["history"])
     tensors = load_file(checkpoint)
-    for name, buffer in _buffers(modules).items():
+    for name, buffer in _buffers(networks).items():
         buffer.copy_(tensors[name])
     for i, p in enumerate(parameters):
         p.copy_(tensors[f"parameter.{i}"])

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from weightsum_lib.keys import Key, channel_axes, embed
+
 
 def check_same_shapes(parents: Sequence[Mapping[str, Tensor]]) -> None:
     """Raise ValueError unless all state dicts hold the same tensors, naming the first that differs."""
@@ -46,10 +48,13 @@ class WeightSum(nn.Module):
     Args:
         networks: two or more modules of one architecture.
         coefficients: one number a network; all ones by default.
+        keys: one :class:`~weightsum_lib.keys.Key` a network, all for a wide network of the same sizes: each
+            network's channels are put where its key says before the weights are added. Without keys channel i
+            is added to channel i.
 
     Raises:
-        ValueError: fewer than two networks, another number of coefficients, or parents that differ in
-            shape (the first tensor that differs is named, with both shapes).
+        ValueError: fewer than two networks, another number of coefficients or keys, or parents that differ
+            in shape (the first tensor that differs is named, with both shapes).
 
     >>> a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     >>> x = torch.ones(1, 2)
@@ -57,34 +62,64 @@ class WeightSum(nn.Module):
     True
     """
 
-    def __init__(self, networks: Sequence[nn.Module], coefficients: Sequence[float] | None = None):
+    def __init__(
+        self,
+        networks: Sequence[nn.Module],
+        coefficients: Sequence[float] | None = None,
+        keys: Sequence[Key] | None = None,
+    ):
         super().__init__()
         networks = list(networks)
         if len(networks) < 2:
             raise ValueError(f"a sum takes two networks or more, got {len(networks)}")
         coefficients = [1.0] * len(networks) if coefficients is None else [float(c) for c in coefficients]
-        if len(coefficients) != len(networks):
-            raise ValueError(f"{len(networks)} networks need as many coefficients, got {len(coefficients)}")
+        for what, given in (("coefficients", coefficients), ("keys", keys)):
+            if given is not None and len(given) != len(networks):
+                raise ValueError(f"{len(networks)} networks need as many {what}, got {len(given)}")
         check_same_shapes([n.state_dict() for n in networks])
         self.networks = nn.ModuleList(networks)
         self.coefficients = coefficients
         # The computation and the statistics of the sum. Its weights are given anew at each call, so it keeps none.
         self.body = copy.deepcopy(networks[0])
-        for module in self.body.modules():
-            if isinstance(module, _BatchNorm):
-                module.reset_running_stats()
         for parameter in self.body.parameters():
             parameter.requires_grad_(False)
             parameter.data = parameter.new_empty(0)
+        self._axes = channel_axes(networks[0]) if keys else {}
+        self.use_keys(keys)
         self.train()  # as any new module, whatever mode its parents are in
 
-    def weights(self) -> dict[str, Tensor]:
-        """The summed parameters by name, attached to the parents' graph."""
-        return weighted_sum([dict(n.named_parameters()) for n in self.networks], self.coefficients)
+    def use_keys(self, keys: Sequence[Key] | None) -> None:
+        """Put the networks' channels elsewhere; the sum's statistics, which are of its channels, start anew."""
+        for key in keys or ():
+            if key.sizes != keys[0].sizes:
+                raise ValueError(f"keys of one sum are for one wide network, got {keys[0].sizes} and {key.sizes}")
+        self.keys = keys
+        for name, module in self.body.named_modules():
+            if isinstance(module, _BatchNorm):
+                if keys:
+                    ((_, layer, _),) = self._axes[f"{name}.running_mean"]
+                    module.running_mean = module.running_mean.new_empty(keys[0].sizes[layer])
+                    module.running_var = module.running_mean.new_empty(keys[0].sizes[layer])
+                module.reset_running_stats()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The output of the network with the summed weights, e.g. images (N, C, H, W) to logits (N, classes)."""
-        return functional_call(self.body, self.weights(), (x,))
+    def _summed(self, parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        if self.keys:
+            parts = [embed(part, self._axes, key) for part, key in zip(parts, self.keys, strict=True)]
+        return weighted_sum(parts, self.coefficients)
+
+    def weights(self, held: Sequence[int] = ()) -> dict[str, Tensor]:
+        """The summed parameters by name, attached to the graph of every parent but those ``held`` (by number)."""
+        parts = [dict(n.named_parameters()) for n in self.networks]
+        for i in held:
+            parts[i] = {name: p.detach() for name, p in parts[i].items()}
+        return self._summed(parts)
+
+    def forward(self, x: Tensor, held: Sequence[int] = ()) -> Tensor:
+        """The output of the network with the summed weights, e.g. images (N, C, H, W) to logits (N, classes).
+
+        No gradient goes to the parents ``held`` (by number).
+        """
+        return functional_call(self.body, self.weights(held), (x,))
 
     def train(self, mode: bool = True) -> "WeightSum":
         """Switch the sum (not its parents) to training or evaluation mode."""
@@ -93,12 +128,49 @@ class WeightSum(nn.Module):
         return self
 
     @torch.no_grad()
+    def add_statistics(self) -> "WeightSum":
+        """Give the sum the sum of its parents' batch-norm statistics: state dicts added, buffers included.
+
+        With disjoint keys that gives each channel its owner's statistics. Otherwise it is wrong.
+        """
+        parts = [{k: v for k, v in n.named_buffers() if v.ndim} for n in self.networks]
+        for name, value in self._summed(parts).items():
+            self.body.get_buffer(name).copy_(value)
+        return self
+
+    @torch.no_grad()
     def materialize(self) -> nn.Module:
         """The sum as a plain network of its own, with the sum's batch-norm statistics and mode."""
-        network = copy.deepcopy(self.networks[0])
-        network.load_state_dict({**self.weights(), **dict(self.body.named_buffers())}, strict=False)
-        network.zero_grad(set_to_none=True)
-        return network.train(self.training)
+        return _with_tensors(self.body, {**self.weights(), **dict(self.body.named_buffers())}).train(self.training)
+
+
+def _with_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network that holds other tensors, of other sizes perhaps."""
+    network = copy.deepcopy(network).requires_grad_(True)
+    network.zero_grad(set_to_none=True)
+    for name, _ in network.named_parameters():
+        network.get_parameter(name).data = tensors[name].detach().clone()
+    for name, _ in network.named_buffers():
+        parent, _, last = name.rpartition(".")
+        setattr(network.get_submodule(parent), last, tensors[name].detach().clone())
+    for module in network.modules():  # what a layer says of itself follows its weights
+        if isinstance(module, _BatchNorm):
+            module.num_features = len(module.weight)
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+        elif isinstance(module, nn.Conv2d):
+            module.out_channels, module.in_channels = module.weight.shape[:2]
+    return network
+
+
+def widen(network: nn.Module, key: Key) -> nn.Module:
+    """The wide network that holds a small one where the key says and zeros elsewhere; the same function.
+
+    Args:
+        network: see :func:`~weightsum_lib.keys.channel_axes`.
+        key: where its hidden channels go.
+    """
+    return _with_tensors(network, embed(network.state_dict(), channel_axes(network), key))
 
 
 @torch.no_grad()

@@ -1,0 +1,285 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What transfers
+#
+# Task 3 asks more of a network than to survive the partner that it was trained with. This page looks for what makes
+# two networks that never met summable, takes the recipe apart, and then sums more than two.
+#
+# The parts:
+#
+# - **keys**: a network may use only a share k of the channels of every layer, so that another one has room beside it.
+#   *Random* keys are drawn by each task for itself, and overlap in a share k of a network's channels; *disjoint* keys
+#   are dealt by agreement, and don't overlap.
+# - **symmetric**: the sum must keep the support task as well, so that θ_main learns not to disturb.
+# - **quiet**: θ_main should answer the support task's images with a uniform distribution, and the other way round, each
+#   under its own batch-norm statistics. It is what outlier exposure asks of a network (Hendrycks et al. 2019,
+#   [arXiv:1812.04606](https://arxiv.org/abs/1812.04606)).
+# - **permuted support**: a network whose hidden channels are permuted computes the same function, so that a partner
+#   has an endless supply of disguises. In most steps the sum is made with the support network under a new random key.
+# - **centered scale**: batch norm stores its scale γ as a deviation from 1. The γ of two networks add up to 2 in a
+#   channel that both use, which makes just the disturbed channels the loudest; stored as deviations they add up to 1.
+
+# %% tags=["parameters", "hide-input"]
+# Defaults: the values of params/smoke.yaml, so that every cell answers within seconds. `make` injects
+# those of params/<profile>.yaml below. What each knob means: weightsum_lib/params.py.
+profile = "smoke"
+arch = "vgg8"
+width = 0.25
+dropout = 0.25
+train_images = 640
+test_images = 200
+calibration_images = 128
+epoch_images = 576
+epochs = 2
+finetune_epochs = 1
+batch_size = 64
+learning_rate = 0.05
+weight_decay = 0.0005
+third_ramp = 1.0
+permuted_ramp = 0.5
+plane_points = 4
+seeds = 1
+ceiling_seeds = 1
+methods = {
+    "independent": {"protocol": "independent"},
+    "shared start": {"protocol": "independent", "start": "shared"},
+    "sequential": {"protocol": "sequential"},
+    "joint ce": {"protocol": "joint", "third": "ce"},
+    "joint loss_gap": {"protocol": "joint", "third": "loss_gap"},
+    "joint distill": {"protocol": "joint", "third": "distill"},
+    "keys alone": {"protocol": "independent", "keys": "random", "key_share": 0.25},
+    "random keys": {
+        "protocol": "joint",
+        "third": "ce",
+        "symmetric": True,
+        "quiet": 1.0,
+        "centered_scale": True,
+        "keys": "random",
+        "key_share": 0.25,
+        "permuted_support": 0.8,
+    },
+    "disjoint keys": {
+        "protocol": "joint",
+        "third": "ce",
+        "symmetric": True,
+        "quiet": 1.0,
+        "centered_scale": True,
+        "keys": "disjoint",
+        "key_share": 0.25,
+    },
+}
+parts = {
+    "random keys ⅛": {
+        "protocol": "joint",
+        "third": "ce",
+        "symmetric": True,
+        "quiet": 1.0,
+        "centered_scale": True,
+        "keys": "random",
+        "key_share": 0.125,
+        "wider": 2.0,
+        "permuted_support": 0.8,
+    },
+}
+allow_standin = ["mnist", "cifar10", "svhn"]
+data_dir = ""
+results_dir = "results"
+device = "auto"
+
+# %% tags=["hide-input"]
+from dataclasses import replace
+
+from IPython.display import Markdown
+
+from weightsum_lib import evaluate, params, plots, results
+from weightsum_lib.study import Study
+
+NOTEBOOK = "04_what_transfers"
+FIRST, SECOND, SUPPORT = "mnist", "svhn", "cifar10"
+BASELINE, TRAINED, RANDOM, DISJOINT = params.BASELINE, params.TRAINED, params.RANDOM, params.DISJOINT
+
+p = params.from_notebook(globals())  # to explore the networks that `make all` trained: params.read("quick")
+study = Study(p)
+plots.use_style()
+titles = {name: params.DATASETS[name] for name in (FIRST, SECOND)}
+switches = p.methods | p.parts
+keyed = [m for m in switches if p.method(m).keys != "none"]
+rows = evaluate.unmet_sums(study, FIRST, SECOND, SUPPORT, parts=True)
+for name in titles:
+    rows = results.with_gap(rows, f"before_{name}", f"after_{name}", suffix=f"_{name}")
+measured = [row for row in rows if row["policy"] == evaluate.headline_policy(study, row["method"])]
+Markdown(results.data_notice(study.describe_data()))
+
+# %% [markdown]
+# ## What each part adds
+#
+# MNIST + SVHN, never trained together and not trained after the sum, for every row that uses keys; dense rows are
+# there for comparison. Statistics: `owner` for disjoint keys, else `union`. *Before* is what the network does alone: a
+# part that makes the sum better by making the networks worse shows there.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every combination of parts, test accuracy of the task's own network, of the sum, and of the other task's network as a control. The table below holds the same numbers."}}
+columns = [f"{kind}_{name}" for name in titles for kind in ("before", "after", "kept", "other", "renamed", "ensemble")]
+summary = results.summarize(measured, ["method", "policy"], columns)
+by_method = {row["method"]: row for row in summary}
+parts = [by_method[m] for m in (TRAINED, *keyed)]
+kept = {m: " and ".join(f"{by_method[m][f'kept_{n}']['mean']:.0f} %" for n in titles) for m in (RANDOM, DISJOINT)}
+plots.unmet(
+    parts,
+    FIRST,
+    SECOND,
+    titles,
+    f"Of {' and '.join(titles.values())}, random keys keep {kept[RANDOM]}, disjoint keys {kept[DISJOINT]}",
+)
+
+# %% tags=["hide-input"]
+tables = {name: results.unmet_table(parts, name) for name in titles}
+tables[FIRST].style.hide(axis="index").set_caption(f"On {titles[FIRST]}")
+
+# %% tags=["hide-input"]
+tables[SECOND].style.hide(axis="index").set_caption(f"On {titles[SECOND]}")
+
+# %% [markdown]
+# The switches of each row, as the parameter file has them:
+
+# %% tags=["hide-input"]
+switch_table = results.switch_table({m: switches[m] for m in (TRAINED, *keyed)})
+switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
+
+# %% [markdown]
+# ## Accuracy against the overlap
+#
+# Two networks of the same size, in ever wider sums: the smaller the share k of the channels that each uses, the fewer
+# they have in common. k = 0 are disjoint keys, k = 1 a dense pair.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: test accuracy of the sum against the share of channels that the two networks have in common, with the accuracy before the sum, and lines for the control and for chance."}}
+for row in summary:
+    m, recipe = p.method(row["method"]), p.method(RANDOM)
+    row["overlap"] = {"none": 1.0, "random": m.key_share, "disjoint": 0.0}[m.keys]
+    row["line"] = replace(m, key_share=1.0, wider=1.0, seeds=1) == replace(recipe, key_share=1.0, wider=1.0, seeds=1)
+overlapping = [row for row in summary if row["line"] or row["method"] in (BASELINE, TRAINED, DISJOINT)]
+controls = {name: by_method[RANDOM][f"other_{name}"]["mean"] for name in titles}
+swept = sorted((row["overlap"], row) for row in summary if row["line"])
+least = swept[0][1]
+plots.against_overlap(
+    overlapping,
+    titles,
+    controls,
+    f"At k = {swept[0][0]:g} random keys keep {least[f'kept_{FIRST}']['mean']:.0f} % of {titles[FIRST]} and "
+    f"{least[f'kept_{SECOND}']['mean']:.0f} % of {titles[SECOND]}",
+)
+
+# %% [markdown]
+# ## More than two
+#
+# θ_m + θ_s + a CIFAR-10 network. Which one? The support network of the MNIST pair has met θ_m, that of the SVHN
+# pair has met θ_s, and one that was trained as the main network beside inverted MNIST has met neither.
+
+# %% tags=["hide-input"]
+THIRDS = {
+    "the support of the MNIST pair": f"{SUPPORT} beside {FIRST}",
+    "the support of the SVHN pair": f"{SUPPORT} beside {SECOND}",
+    "one that met neither": SUPPORT,
+}
+three = []
+for method in (TRAINED, RANDOM, DISJOINT):
+    for label, third in THIRDS.items():
+        if third == SUPPORT and method != DISJOINT:  # the others do no better with those that they have met
+            continue
+        for seed in p.seeds_of(method):
+            found = evaluate.many_sum(study, method, [FIRST, SECOND, third], seed)
+            row = {"method": method, "third": label, "seed": seed, "policy": evaluate.headline_policy(study, method)}
+            for name, before, after in zip((FIRST, SECOND, SUPPORT), found["before"], found["after"], strict=True):
+                row |= {f"before_{name}": before, f"after_{name}": after, f"kept_{name}": 100 * after / before}
+            three.append(row)
+all_titles = {**titles, SUPPORT: params.DATASETS[SUPPORT]}
+three_columns = [f"{kind}_{name}" for name in all_titles for kind in ("before", "after", "kept")]
+three_summary = results.summarize(three, ["method", "third", "policy"], three_columns)
+three_table = results.table(
+    three_summary,
+    {
+        "method": "Method",
+        "third": "The CIFAR-10 network is",
+        "policy": "Policy",
+        **{f"{k}_{n}": f"{t} {k} (%)" for n, t in all_titles.items() for k in ("before", "after")},
+        "n": "n",
+    },
+)
+three_table.style.hide(axis="index")
+
+# %% [markdown]
+# Further tasks are the same datasets with inverted colours. Each network was trained beside CIFAR-10 (the CIFAR-10
+# network beside inverted MNIST), and has met none of the others. With disjoint keys there is room for 1/k networks.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "What each task keeps, in percent, against the number of networks in the sum under disjoint keys, one line a task."}}
+JOINING = (FIRST, SECOND, SUPPORT, f"{SECOND} inverted")
+growing = []
+for count in range(2, len(JOINING) + 1):
+    found = evaluate.many_sum(study, DISJOINT, JOINING[:count], 0)
+    for name, before, after in zip(JOINING, found["before"], found["after"], strict=False):
+        base, *inverted = name.split(" ")
+        task = " ".join([params.DATASETS[base], *inverted])
+        growing.append({"method": DISJOINT, "networks": count, "task": task, "kept": 100 * after / before})
+suffers = min((row for row in growing if row["networks"] == len(JOINING)), key=lambda row: row["kept"])
+plots.number_of_networks(
+    growing, f"With {len(JOINING)} networks in the sum {suffers['task']} suffers most: it keeps {suffers['kept']:.0f} %"
+)
+
+# %% [markdown]
+# ## The price
+#
+# A network under a key of share k is a network of k times the width, and quietness takes some of its capacity. Here is
+# what each network does alone, before any sum, against a dense one of the sum's full width and one of its own size, both
+# trained alone for as many steps (own training task's statistics).
+
+# %% tags=["hide-input"]
+price = []
+for row in rows:
+    if row["policy"] == "per_task":
+        size = evaluate.same_size_alone(study, row["method"])
+        twins = {
+            m: [r for r in rows if (r["policy"], r["seed"], r["method"]) == ("per_task", row["seed"], m)]
+            for m in (BASELINE, size)
+        }
+        if all(twins.values()):
+            line = {"method": row["method"], "seed": row["seed"]}
+            for name in titles:
+                line[f"before_{name}"] = row[f"before_{name}"]
+                line[f"gap_full_{name}"] = twins[BASELINE][0][f"before_{name}"] - row[f"before_{name}"]
+                line[f"gap_size_{name}"] = twins[size][0][f"before_{name}"] - row[f"before_{name}"]
+            price.append(line)
+price_columns = [f"{kind}_{name}" for name in titles for kind in ("before", "gap_full", "gap_size")]
+price_summary = results.summarize(price, ["method"], price_columns)
+price_table = results.table(
+    price_summary,
+    {
+        "method": "Method",
+        **{f"before_{n}": f"{t} (%)" for n, t in titles.items()},
+        **{f"gap_full_{n}": f"{t}: below full width (points)" for n, t in titles.items()},
+        **{f"gap_size_{n}": f"{t}: below its size (points)" for n, t in titles.items()},
+        "n": "n",
+    },
+)
+price_table.style.hide(axis="index")
+
+# %% [markdown]
+# ## Finding
+
+# %% tags=["hide-input"]
+stranger = next(r for r in three_summary if (r["method"], r["third"]) == (DISJOINT, "one that met neither"))
+finding = results.finding_transfer(by_method[DISJOINT], by_method[RANDOM], least, stranger, titles, all_titles)
+results.save(
+    NOTEBOOK,
+    study,
+    {"finding": finding, **results.values_of(summary, columns)},
+    {**tables, "switches": switch_table, "three": three_table, "price": price_table},
+)
+Markdown(finding)
