@@ -18,11 +18,12 @@ OPTIONS = --profile "$(PROFILE)" --data-dir "$(DATA_DIR)" --seeds "$(SEEDS)" --d
 .PHONY: help all setup notebooks book publish lab test lock clean
 
 help:  ## Print this help.
-	@echo "make TARGET [PROFILE=smoke|quick|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda]"
+	@echo "make TARGET [PROFILE=smoke|quick|hour|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
-	@echo "  PROFILE   smoke: seconds, for tests; quick (default): a laptop; full: one GPU, real data only;"
+	@echo "  PROFILE   smoke: seconds, for tests; quick (default): a laptop; hour: the same with"
+	@echo "            intervals and ablations, an hour of two cores; full: one GPU, real data only;"
 	@echo "            published: the stored run of the report, for 'make book' only"
 	@echo "  DATA_DIR  folder of the prepared datasets (default: data)"
 	@echo "  SEEDS     seeds of each method, for intervals"

@@ -151,13 +151,14 @@ before_after_table.style.hide(axis="index")
 # A small gap is worth nothing if θ_support was sacrificed for it, or if θ_support could do SVHN anyway.
 # So here is θ_support on its own task, beside a network trained alone for as many steps (`independent`), and
 # θ_support on SVHN. A method *counts* if neither of its networks is worse before the sum than the one trained
-# alone by more than 1 point (CIFAR-10: 3 points).
+# alone by more than 1 point (CIFAR-10: 3 points). Under a key that is a network of the key's size (`keys alone`).
 
 # %% tags=["hide-input"]
 support = results.summarize(rows, ["method"], ["support_before", "support_after", "support_on_main"])
 support = [row for row in support if row["support_before"]]  # sequential pairs are those of `independent`
 for row in support:
-    row["counts"] = "yes" if results.counts(rows, row["method"], BASELINE, MARGINS) else "no"
+    twin = evaluate.same_size_alone(study, row["method"])
+    row["counts"] = "yes" if results.counts(rows, row["method"], twin, MARGINS) else "no"
 support_table = results.table(
     support,
     {

@@ -7,7 +7,13 @@ from weightsum_lib import params
 from weightsum_lib.params import ParamsError
 from weightsum_lib.run import NOTEBOOKS, notebook_names
 
-PAIR = {"independent": {"protocol": "independent"}, "joint ce": {"protocol": "joint", "third": "ce"}}
+KEYED = {"protocol": "joint", "third": "ce", "key_share": 0.25}
+PAIR = {
+    "independent": {"protocol": "independent"},
+    "joint ce": {"protocol": "joint", "third": "ce"},
+    "random keys": {**KEYED, "keys": "random"},
+    "disjoint keys": {**KEYED, "keys": "disjoint"},
+}
 
 
 def parameters_cell(name):
@@ -66,6 +72,15 @@ def test_only_the_first_notebook_takes_no_parameters():
             r"only protocol 'joint' has 'third', not 'independent'",
         ),
         ({"methods": PAIR | {"x": {}}}, r"method 'x': 'protocol' is missing"),
+        ({"parts": {"x": {}}}, r"method 'x': 'protocol' is missing"),
+        ({"parts": {"joint ce": {"protocol": "joint"}}}, r"'joint ce' is in 'methods' and in 'parts'"),
+        ({"parts": {"x": {**KEYED, "keys": "none"}}}, r"method 'x': 'keys' and a 'key_share' below 1 go together"),
+        ({"parts": {"x": {**KEYED, "keys": "disjoint", "permuted_support": 0.5}}}, r"disjoint keys want key_share ≤ ½"),
+        ({"parts": {"x": {**KEYED, "keys": "random", "owner_statistics": True}}}, r"'owner_statistics' wants disjoint"),
+        ({"parts": {"x": {"protocol": "joint", "symmetric_to": "main"}}}, r"'symmetric_to' wants 'symmetric: true'"),
+        ({"parts": {"x": {"protocol": "joint", "start": "shared"}}}, r"only protocol 'independent' has 'start'"),
+        ({"parts": {"x": {"protocol": "sequential", "keys": "random"}}}, r"'sequential' takes the networks of"),
+        ({"parts": {"x": {"protocol": "joint", "quiet": -1.0}}}, r"method 'x': 'quiet' .* must be ≥ 0, got -1.0"),
     ],
 )
 def test_what_cannot_be_is_refused_with_key_file_and_what_was_expected(change, message):

@@ -84,7 +84,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     provenance = {
         "params": {
             "profile": "p", "arch": "vgg8", "width": 1.0, "train_images": 10, "epochs": 1, "epoch_images": 9,
-            "seeds": 1, "methods": {"joint ce": {"protocol": "joint"}},
+            "seeds": 1, "methods": {"joint ce": {"protocol": "joint"}}, "parts": {},
         },
         "data": {
             "mnist": {"source": "real", "note": "exact", "checksum": "ab", "images": {"train": 9, "val": 1, "test": 5}}

@@ -14,7 +14,7 @@ import pytest
 from weightsum_lib import cache, params, run
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = ["00_how_to_sum", "01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn"]
+NOTEBOOKS = ["00_how_to_sum", "01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_transfers"]
 
 
 class House:

@@ -3,8 +3,9 @@ import os
 import pytest
 import torch
 
-from weightsum_lib import Study, WeightSum, accuracy, cache, evaluate, params, plots, results
+from weightsum_lib import Study, WeightSum, accuracy, cache, evaluate, merging, normalize, params, plots, results
 from weightsum_lib import study as study_module
+from weightsum_lib import train as train_module
 from weightsum_lib.params import ParamsError
 
 
@@ -87,8 +88,9 @@ def test_before_and_after_are_what_a_hand_made_sum_measures(tiny):
     study = Study(tiny)
     rows = {row["method"]: row for row in evaluate.before_after(study, "mnist", "cifar10")}
     assert list(rows) == [
-        "independent", "sequential, from the sum", "sequential, from θ_main", "sequential, from random weights",
-        "joint ce", "joint loss_gap", "joint distill",
+        "independent", "shared start", "sequential, from the sum", "sequential, from θ_main",
+        "sequential, from random weights", "joint ce", "joint loss_gap", "joint distill", "keys alone", "random keys",
+        "disjoint keys",
     ]  # fmt: skip
     pair = study.run(study.config("joint ce", "mnist", "cifar10")).networks
     total = WeightSum([pair["main"], pair["support"]])
@@ -124,7 +126,11 @@ def test_unmet_sums_have_two_policies_and_the_controls(tiny):
     study = Study(tiny)
     rows = evaluate.unmet_sums(study, "mnist", "svhn", "cifar10")
     assert {(r["method"], r["policy"]) for r in rows} == {
-        (m, policy) for m in tiny.methods if m != "sequential" for policy in ("union", "per_task")
+        (m, policy)
+        for m in tiny.methods
+        if m != "sequential"
+        for policy in evaluate.POLICIES
+        if policy != "owner" or m == "disjoint keys"
     }
     row = next(r for r in rows if (r["method"], r["policy"]) == ("joint ce", "union"))
     theta_m = study.run(study.config("joint ce", "mnist", "cifar10")).networks["main"]
@@ -134,6 +140,97 @@ def test_unmet_sums_have_two_policies_and_the_controls(tiny):
     assert row["after_svhn"] == accuracy(WeightSum([theta_m, theta_s]), images, svhn, study.precision)
     assert row["other_mnist"] == accuracy(theta_s, images, mnist, study.precision)
     assert row["before_mnist"] == accuracy(theta_m, images, mnist, study.precision)
+
+
+def test_the_controls_are_what_they_say(tiny):
+    study = Study(tiny)
+    rows = evaluate.unmet_sums(study, "mnist", "svhn", "cifar10")
+    row = next(r for r in rows if (r["method"], r["policy"]) == ("disjoint keys", "owner"))
+    theta_m, theta_s = (
+        study.run(study.config("disjoint keys", name, "cifar10")).networks["main"] for name in ("mnist", "svhn")
+    )
+    svhn = study.dataset("svhn")
+    assert row["ensemble_svhn"] == accuracy(merging.Ensemble([theta_m, theta_s]), None, svhn, study.precision)
+    assert row["after_svhn"] == pytest.approx(row["ensemble_svhn"], abs=2.6)  # one image of 40: bfloat16
+    summed = next(r for r in rows if (r["method"], r["policy"]) == ("disjoint keys", "summed"))
+    assert summed["after_svhn"] == row["after_svhn"]  # each channel has one owner
+    assert 10 <= row["confidence_svhn"] <= 100
+    # with no other network in it, renaming the classes renames the answers
+    renaming = torch.arange(10).roll(1)
+    renamed = merging.relabelled(theta_s, renaming)
+    got = evaluate._renamed(study, renamed, "owner", ("mnist", "svhn"), "svhn", renaming)
+    assert got == row["before_svhn"]
+
+
+def test_a_policy_gives_the_statistics_that_it_names(tiny):
+    study = Study(tiny)
+    network = study.run(study.config("independent", "mnist")).networks["main"]
+    both = ("mnist", "svhn")
+    means = {
+        p: evaluate.under_policy(study, network, p, both, "mnist").features.bn1_1.running_mean
+        for p in evaluate.POLICIES
+    }
+    assert torch.equal(means["owner"], network.features.bn1_1.running_mean) and means["batch"] is None
+    assert not torch.allclose(means["union"], means["per_task"])
+    batch = evaluate.under_policy(study, network, "batch", both, "mnist")
+    x = normalize(study.dataset("mnist").test_images)
+    assert not torch.allclose(batch(x[:20]), batch(x)[:20]) and not batch.training
+
+
+def test_in_a_disjoint_sum_each_network_explains_all_of_its_own_channels(tiny):
+    study = Study(tiny)
+    rows = {r["layer"]: r for r in evaluate.explained_variance(study, "disjoint keys", "mnist", "svhn", "cifar10")}
+    assert all(rows[layer]["explained"] == pytest.approx(1, abs=1e-6) for layer in rows if layer != "fc3")
+    assert rows["fc3"]["explained"] < 1 and rows["fc1"]["overlap"] == 0 and rows["fc3"]["overlap"] == 1
+    dense = evaluate.explained_variance(study, "independent", "mnist", "svhn", "cifar10")
+    assert max(r["explained"] for r in dense) < 0.9 and {r["overlap"] for r in dense} == {1.0}
+
+
+def test_more_than_two_networks_and_who_met_whom(tiny):
+    study = Study(tiny)
+    found = evaluate.many_sum(study, "disjoint keys", ["mnist", "svhn", "cifar10"], 0)
+    networks = [
+        study.run(study.config("disjoint keys", name, evaluate.support_of(name))).networks["main"]
+        for name in ("mnist", "svhn", "cifar10")
+    ]
+    keys = [train_module.key_of(study.config("disjoint keys", "mnist", "cifar10"), "main", i) for i in range(3)]
+    total = WeightSum(networks, keys=keys).add_statistics()
+    svhn = study.dataset("svhn")
+    assert found["after"][1] == pytest.approx(accuracy(total, None, svhn, study.precision), abs=2.6)
+    assert found["before"][1] == accuracy(networks[1], None, svhn, study.precision)
+    met = evaluate.many_sum(study, "random keys", ["mnist", "svhn", "cifar10 beside mnist"], 0)
+    pair = study.run(study.config("random keys", "mnist", "cifar10")).networks
+    images = evaluate.calibration_images(study, ["mnist", "svhn", "cifar10"])
+    assert met["before"][2] == accuracy(pair["support"], images, study.dataset("cifar10"), study.precision)
+
+
+def test_other_mergers_and_ceilings_have_a_row_each(tiny):
+    study = Study(tiny)
+    rows = evaluate.merged(study, "mnist", "svhn")
+    assert [r["method"] for r in rows] == [
+        "sum", "average", "Git Re-Basin, then average", "RegMean", "ensemble of logits",
+        "sum with random weights of the partner's norms", "task arithmetic from a shared start, × 0.5",
+        "task arithmetic from a shared start, × 1",
+    ]  # fmt: skip
+    unmet = evaluate.unmet_sums(study, "mnist", "svhn", "cifar10")
+    same = next(r for r in unmet if (r["method"], r["policy"]) == ("independent", "union"))
+    assert (rows[0]["after_mnist"], rows[4]["after_svhn"]) == (same["after_mnist"], same["ensemble_svhn"])
+    assert len(evaluate.ceilings(study, "mnist", "svhn")) == 2 * tiny.ceiling_seeds
+    both = study.dataset("mnist+svhn")
+    assert len(both.train_labels) == sum(len(study.dataset(n).train_labels) for n in ("mnist", "svhn"))
+    inverted = study.dataset("svhn inverted")
+    assert torch.equal(255 - inverted.test_images, study.dataset("svhn").test_images)
+    assert inverted.training_digest != study.dataset("svhn").training_digest
+
+
+def test_a_network_trained_alone_does_not_know_its_key(tiny):
+    study = Study(tiny)
+    config = study.config("keys alone", "mnist")
+    assert (config.width, config.keys) == (tiny.width / 4, "none")
+    (theta_m, key), _ = evaluate.pair_members(study, "keys alone", "mnist", "cifar10", 0)
+    assert key.sizes["classifier.fc1"] == 4 * len(theta_m.classifier.fc1.weight)
+    assert evaluate.same_size_alone(study, "random keys") == "keys alone"
+    assert evaluate.same_size_alone(study, "joint ce") == "independent"
 
 
 def test_the_plane_holds_the_sum_and_the_networks_alone(tiny):
@@ -170,14 +267,29 @@ def test_figures_and_tables_of_a_whole_page(tiny):
     titles = {"mnist": "MNIST", "svhn": "SVHN"}
     for name in titles:
         rows = results.with_gap(rows, f"before_{name}", f"after_{name}", suffix=f"_{name}")
-    columns = [f"{kind}_{name}" for name in titles for kind in ("before", "after", "gap", "kept", "other")]
-    union = results.summarize([r for r in rows if r["policy"] == "union"], ["method"], columns)
+    rows = results.loss_split([r for r in rows if "other_svhn" in r], titles)
+    columns = [c for c in rows[0] if c not in ("method", "seed", "policy")]
+    union = results.summarize([r for r in rows if r["policy"] == "union"], ["method", "policy"], columns)
+    row = union[0]
+    lost = row["loudness_svhn"]["mean"] + row["interference_svhn"]["mean"]
+    assert lost == pytest.approx(row["before_svhn"]["mean"] - row["after_svhn"]["mean"])
     assert len(plots.unmet(union, "mnist", "svhn", titles, "message").axes) == 2
-    assert len(results.unmet_table(union, titles).columns) == 10
+    assert list(results.unmet_table(union, "svhn"))[:3] == ["Method", "Policy", "Before (%)"]
     by_method = {r["method"]: r for r in union}
-    text = results.finding_unmet(by_method["independent"], by_method["joint ce"], True, titles)
-    assert "Control: alone, θ of SVHN reads" in text
-    path = results.save("03_x", study, results.values_of(union, columns), {"t": results.unmet_table(union, titles)})
+    shown = {m: by_method[m] for m in ("independent", "random keys")}
+    text = results.finding_unmet(shown, {"random keys": False}, titles)
+    assert "alone, θ of SVHN reads" in text and "`random keys` (policy `union`, n = 1)" in text
+    assert "already worse before the sum" in text
+    explained = evaluate.explained_variance(study, "disjoint keys", "mnist", "svhn", "cifar10")
+    assert len(plots.why(explained, union, titles, "message").axes) == 3
+    figure = plots.policies(union, {"after_svhn": "SVHN"}, list(evaluate.POLICIES), "message")
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()][2] == "per\ntask"
+    line = [{**r, "overlap": 0.25, "line": r["method"] == "random keys"} for r in union]
+    figure = plots.against_overlap(line, titles, {"mnist": 60.0, "svhn": 12.0}, "message")
+    assert "channels in common" in figure.axes[0].get_xlabel()
+    grown = [{"method": "a", "networks": n, "task": "MNIST", "kept": 90.0} for n in (2, 3)]
+    assert plots.number_of_networks(grown, "message").axes[0].get_xlabel() == "networks in the sum"
+    path = results.save("03_x", study, results.values_of(union, columns), {"t": results.unmet_table(union, "svhn")})
     saved = cache.read_json(path)
     assert saved["values"]["joint_ce.after_svhn"] == by_method["joint ce"]["after_svhn"]["mean"]
     assert saved["provenance"]["data"]["svhn"]["source"] == "stand-in"

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from weightsum_lib import RunConfig
+from weightsum_lib import RunConfig, compare_layers
 from weightsum_lib import train as train_module
 from weightsum_lib.train import augment, build, train
 
@@ -48,7 +48,98 @@ def test_the_symmetric_term_changes_the_training(datasets):
     assert replace(PAIR, symmetric=True).passes == 4 and PAIR.passes == 3 and ALONE.passes == 1
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_numbers(datasets, tmp_path):
+KEYED = replace(PAIR, width=1 / 4, symmetric=True, quiet=1.0, centered_scale=True, key_share=0.25)
+RANDOM, DISJOINT = replace(KEYED, keys="random", permuted_support=0.8), replace(KEYED, keys="disjoint")
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (PAIR, {"equal_norms": True}),
+        (PAIR, {"label_smoothing": 0.1}),
+        (PAIR, {"quiet": 1.0}),
+        (PAIR, {"permuted_support": 1.0}),
+        (replace(PAIR, symmetric=True), {"symmetric_to": "main"}),
+        (RANDOM, {"permuted_support": 0.0}),
+        (RANDOM, {"centered_scale": False}),
+        (DISJOINT, {"owner_statistics": True}),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_each_switch_changes_the_training_of_both_networks(datasets, config, change):
+    config = replace(config, epochs=1)
+    a, b = train(config, datasets), train(replace(config, **change), datasets)
+    assert all(not equal(a.networks[role], b.networks[role]) for role in ("main", "support"))
+
+
+def test_equal_norms_are_equal(datasets):
+    run = train(replace(PAIR, equal_norms=True, epochs=1), datasets)
+    for row in compare_layers(run.networks["main"], run.networks["support"]):
+        assert row["norm_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_quietness_is_learned(datasets):
+    config = replace(PAIR, third="none", epochs=6)
+    loud, quiet = (train(replace(config, quiet=q), datasets).networks["main"] for q in (0.0, 3.0))
+    x = train_module.normalize(datasets["cifar10"].val_images)
+    loudness = [train_module._uniformity(n(x)).item() for n in (loud, quiet)]
+    assert loudness[1] < 0.5 * loudness[0] and train_module._uniformity(torch.zeros(2, 10)) == pytest.approx(
+        0, abs=1e-6
+    )
+
+
+def test_the_symmetric_term_for_main_only_teaches_the_support_network_nothing(datasets, monkeypatch):
+    config = replace(PAIR, symmetric=True, symmetric_to="main", third="ce")
+    networks = {role: build(config, role).train() for role in config.roles}
+    total = train_module.WeightSum(list(networks.values()))
+    batches = {role: (torch.randn(8, 3, 32, 32), torch.arange(8)) for role in networks}
+    seen = {}
+    monkeypatch.setattr(train_module, "three_term_loss", lambda *a, **k: seen.update(k) or (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        train_module._step_losses(config, networks, total, batches, 1.0)
+    seen["logits_sum_support"].sum().backward()
+    assert networks["main"].classifier.fc2.weight.grad is not None
+    assert networks["support"].classifier.fc2.weight.grad is None
+
+
+class Stop(Exception):
+    pass
+
+
+def test_under_owner_statistics_the_sum_in_training_is_the_plain_sum_of_the_state_dicts(datasets):
+    """With disjoint keys the logits that training adds are those of the added state dicts."""
+    config = replace(DISJOINT, owner_statistics=True, epochs=1, dropout=0.0)
+    run = train(config, datasets)
+    a, b = run.networks["main"], run.networks["support"]
+    keys = [train_module.key_of(config, role, block) for block, role in enumerate(run.networks)]
+    x = train_module.normalize(datasets["mnist"].val_images)
+    total = train_module.WeightSum([a, b], keys=keys).add_statistics().eval()
+    torch.testing.assert_close(total(x), a(x) + train_module._with_own_statistics(b.train(), x))
+    assert b.features.bn1_1.training  # left as it was
+
+
+def test_strangers_come_as_often_as_the_share_says_once_it_has_grown():
+    keys = train_module._Keys(replace(RANDOM, permuted_ramp=0.5))
+    usual = train_module.compact(keys.own)
+    met = [
+        [place[1].positions["classifier.fc1"].tolist() != usual[1].positions["classifier.fc1"].tolist() for place in e]
+        for e in (keys.epoch(0, 400), keys.epoch(1, 400))
+    ]
+    assert 0.3 < sum(met[0]) / 400 < 0.5  # grows from 0 to 0.8 in the first of two epochs
+    assert 0.74 < sum(met[1]) / 400 < 0.86
+
+
+def test_keys_of_networks_that_never_met_are_drawn_apart():
+    a, b = (train_module.key_of(replace(RANDOM, main=main), "main", 0) for main in ("mnist", "svhn"))
+    assert a.positions["classifier.fc1"].tolist() != b.positions["classifier.fc1"].tolist()
+    again = train_module.key_of(RANDOM, "main", 1)
+    assert all(torch.equal(p, again.positions[layer]) for layer, p in a.positions.items())
+    dealt = [train_module.key_of(DISJOINT, "main", block).positions["classifier.fc1"] for block in (0, 1)]
+    assert not torch.isin(*dealt).any()
+
+
+@pytest.mark.parametrize("config", [PAIR, RANDOM], ids=["dense", "random keys"])
+def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_numbers(datasets, tmp_path, config):
     class Killed(Exception):
         pass
 
@@ -56,15 +147,15 @@ def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_numbers(datasets
         if row["epoch"] == 1:
             raise Killed
 
-    whole, checkpoint = train(PAIR, datasets), tmp_path / "checkpoint.safetensors"
+    whole, checkpoint = train(config, datasets), tmp_path / "checkpoint.safetensors"
     with pytest.raises(Killed):
-        train(PAIR, datasets, checkpoint=checkpoint, on_epoch=kill)
+        train(config, datasets, checkpoint=checkpoint, on_epoch=kill)
     seen = []
-    resumed = train(PAIR, datasets, checkpoint=checkpoint, on_epoch=lambda row: seen.append(row["epoch"]))
+    resumed = train(config, datasets, checkpoint=checkpoint, on_epoch=lambda row: seen.append(row["epoch"]))
     assert seen == [2] and not checkpoint.exists()
     assert equal(whole.networks["main"], resumed.networks["main"])
     assert equal(whole.networks["support"], resumed.networks["support"])
-    assert whole.history[1]["val_sum"] == resumed.history[1]["val_sum"]  # the sum's own statistics came back too
+    assert whole.history[1]["val_sum"] == resumed.history[1]["val_sum"]
 
 
 def test_networks_that_never_met_share_no_random_stream():
@@ -96,6 +187,12 @@ def test_the_third_terms_readings_start_from_the_same_weights_and_order():
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(datasets):
     with pytest.raises(FloatingPointError, match=r"joint ce mnist\+cifar10 seed 0: .* epoch 1; lower learning_rate"):
         train(replace(PAIR, learning_rate=float("inf")), datasets)
+
+
+def test_networks_of_a_shared_start_start_alike_and_no_others_do():
+    shared = [build(replace(ALONE, start="shared", main=main)) for main in ("mnist", "svhn")]
+    assert equal(*shared) and not equal(shared[0], build(ALONE))
+    assert not equal(shared[0], build(replace(ALONE, start="shared", seed=1)))
 
 
 def test_fine_tuning_starts_from_the_given_weights(datasets):

@@ -169,7 +169,7 @@ def layers(rows: Sequence[dict], message: str) -> Figure:
     right.set(ylabel="cosine of the two weights", ylim=(-1, 1))
     for axes in (left, right):
         axes.tick_params(axis="x", rotation=60)
-    right.legend(fontsize=9)
+    right.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return _message(figure, message)
 
 
