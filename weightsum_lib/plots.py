@@ -246,6 +246,7 @@ def why(explained: Sequence[dict], lost: Sequence[dict], titles: Mapping[str, st
         values = [row["explained"] for row in own]
         panels[0].plot([r["layer"] for r in own], values, marker=_MARKERS[i % len(_MARKERS)], ms=6, label=method)
     first = next(iter(titles.values()))
+    panels[0].tick_params(axis="x", rotation=60)
     panels[0].set(ylim=(0, 1.03), ylabel="variance explained by θ of " + first + " alone")
     panels[0].set_title(f"inside the sum, on {first}, seed 0", fontweight="normal")
     panels[0].legend(fontsize=9, loc="lower left", framealpha=0.9, frameon=True)
