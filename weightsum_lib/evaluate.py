@@ -69,7 +69,7 @@ def under_policy(study: Study, network: nn.Module, policy: str, tasks: Sequence[
     Args:
         study: whose images and precision are used.
         network: a network, a sum or an ensemble.
-        policy: one of :data:`POLICIES`.
+        policy: one of ``POLICIES``.
         tasks: the tasks whose networks are summed.
         tested: the task that it is going to be tested on.
     """
@@ -329,7 +329,7 @@ def unmet_sums(study: Study, first: str, second: str, support: str, parts: bool 
     With ``parts`` the profile's rows of what each part adds come too.
 
     Returns:
-        one dict a method, seed and batch-norm policy (:data:`POLICIES`), in percent of test images. ``before`` and
+        one dict a method, seed and batch-norm policy (``POLICIES``), in percent of test images. ``before`` and
         ``after`` hold each task's own network and the sum on it. Under ``union`` and ``owner`` also:
         ``ensemble``, the sum of both networks' logits; ``other``, the *other* task's network there, the control
         without which ``after`` means nothing; ``renamed``, the sum where ``second``'s classes have other names, so
@@ -487,8 +487,8 @@ def many_sum(study: Study, method: str, networks: Sequence[str], seed: int) -> d
     Args:
         study: where the networks come from.
         method: row of the report.
-        networks: for each network its dataset, trained as main network beside :func:`support_of`; or "<dataset>
-            beside <dataset>", the support network of that main task's pair.
+        networks: for each network its dataset, trained as main network beside CIFAR-10 (CIFAR-10 itself beside MNIST
+            inverted); or "<dataset> beside <dataset>", the support network of that main task's pair.
         seed: repetition.
 
     Returns:

@@ -61,7 +61,7 @@ class VGG(nn.Module):
         num_classes: length of the logits.
         width: factor on every hidden size (1.0: 64-128-256-512 channels, 4096 hidden units).
         dropout: probability with which each of the two dropout layers drops a unit.
-        centered_scale: batch norm is :class:`CenteredBatchNorm2d`.
+        centered_scale: batch norm is :class:`~weightsum_lib.models.CenteredBatchNorm2d`.
     """
 
     def __init__(self, convolutions, in_channels=3, num_classes=10, width=1.0, dropout=0.25, centered_scale=False):
