@@ -400,8 +400,8 @@ def explained_variance(study: Study, method: str, first: str, second: str, suppo
     convolution is looked at behind its batch norm, before the ReLU. Policy ``owner`` for disjoint keys, else ``union``.
 
     Returns:
-        a list with one dict for each layer; keys ``method``, ``layer``, ``explained`` (0 to 1), ``overlap``, the share of
-        θ_first's channels that θ_second uses too (the logits: 1).
+        a list with one dict for each layer; keys ``method``, ``layer``, ``explained`` (0 to 1), and ``overlap``, the
+        share of θ_first's channels that θ_second uses too (the logits: 1).
     """
     both = (first, second)
     policy = headline_policy(study, method)
