@@ -218,6 +218,8 @@ three_table.style.hide(axis="index")
 # %% [markdown]
 # Further tasks are the same datasets with inverted colours. Each network was trained beside CIFAR-10 (the CIFAR-10
 # network beside inverted MNIST), and has met none of the others. With disjoint keys there is room for 1/k networks.
+# Where a task's line rises again, the network that joined can read that task too: inverted house numbers are still
+# house numbers.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "What each task keeps, in percent, against the number of networks in the sum under disjoint keys, one line a task."}}
 JOINING = (FIRST, SECOND, SUPPORT, f"{SECOND} inverted")
