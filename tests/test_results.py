@@ -89,7 +89,8 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
         "data": {
             "mnist": {"source": "real", "note": "exact", "checksum": "ab", "images": {"train": 9, "val": 1, "test": 5}}
         },
-        "device": "CPU", "precision": "float32", "versions": {"torch": "2"}, "commit": "abc", "training_seconds": 60.0,
+        "device": "CPU", "precision": "float32", "versions": {"torch": "2"}, "commit": "abc",
+        "training_seconds": {"run": 60.0}, "measuring_seconds": 30.0,
     }  # fmt: skip
     content = {
         "headline": [results.headline_row(r, "Task 1", "sum", results.interval([9.0])) for r in rows],
@@ -101,7 +102,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     report.write_headline(tmp_path, tmp_path / "out")
     made = json.loads((tmp_path / "out" / "headline.json").read_text())
     assert made["tables"]["headline"]["rows"][0] == ["Task 1", "sum, joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
-    assert made["tables"]["times"]["rows"] == [["01_mnist_cifar10", "1.0"]]
+    assert made["tables"]["times"]["rows"] == [["01_mnist_cifar10", "1", "1.0", "0.5"], ["all", "1", "1.0", "0.5"]]
     first = (tmp_path / "out" / "headline.png").read_bytes()
     report.write_headline(tmp_path, tmp_path / "out")
     assert (tmp_path / "out" / "headline.png").read_bytes() == first

@@ -503,7 +503,6 @@ def many_sum(study: Study, method: str, networks: Sequence[str], seed: int) -> d
             config, role = replace(config, main=own), "main"
         configs.append((config, role))
         tested.append(own)
-    study.train_all([config for config, _ in configs])
 
     def compute():
         members = [_member(study, method, c, role, i) for i, (c, role) in enumerate(configs)]

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from weightsum_lib.models import memory_format
+
 
 @dataclass(frozen=True)
 class Key:
@@ -80,14 +82,15 @@ def deal(small: Mapping[str, int], wide: Mapping[str, int], index: int) -> Key:
 
 
 def compact(keys: Sequence[Key]) -> list[Key]:
-    """The same keys in a network that has only the channels which at least one of them uses.
+    """The same keys in a network with as many channels as they may use together, no more.
 
-    A sum under these is the same function with less to compute.
+    A sum under these is the same function with less to compute. Where keys overlap some of its channels are
+    nobody's, so that the shapes are the same for all keys of one size: new ones are slow at first.
     """
     positions, sizes = [{} for _ in keys], {}
     for layer in keys[0].sizes:
         used = torch.cat([key.positions[layer] for key in keys]).unique()
-        sizes[layer] = len(used)
+        sizes[layer] = min(sum(len(key.positions[layer]) for key in keys), keys[0].sizes[layer])
         for new, key in zip(positions, keys, strict=True):
             new[layer] = torch.searchsorted(used, key.positions[layer])
     return [Key(new, sizes) for new in positions]
@@ -119,7 +122,7 @@ def embed(state: Mapping[str, Tensor], axes: Mapping[str, list], key: Key) -> di
             shape[axis] = key.sizes[layer] * each
         where = (index[0],) if tensor.ndim == 1 else (index[0][:, None], index[1][None])
         zeros = tensor.new_zeros(shape)
-        if tensor.ndim == 4:  # images are channels last, so are the weights that meet them
-            zeros = zeros.contiguous(memory_format=torch.channels_last)
+        if tensor.ndim == 4:
+            zeros = zeros.contiguous(memory_format=memory_format(key.sizes.values()))
         wide[name] = zeros.index_put(where, tensor)
     return wide

@@ -78,13 +78,25 @@ def write_headline(folder: Path, target: Path) -> None:
                 ],
             },
             "times": {
-                "columns": ["Notebook", "Training of the networks that it uses (minutes)"],
-                "rows": [[n, f"{c['provenance']['training_seconds'] / 60:.1f}"] for n, c in found.items()],
+                "columns": ["Notebook", "Networks", "Training (minutes)", "Evaluation (minutes)"],
+                "rows": _times({n: c["provenance"] for n, c in found.items()}),
             },
         },
         "provenance": last,
     }
     cache.write_json(target / "headline.json", content)
+
+
+def _times(provenances: dict[str, dict]) -> list[list[str]]:
+    """What each notebook took, and all together: a network that several of them use is trained once."""
+    runs = {n: p["training_seconds"] for n, p in provenances.items()}
+    measuring = {n: p["measuring_seconds"] for n, p in provenances.items()}
+    runs["all"] = {run: s for of_one in list(runs.values()) for run, s in of_one.items()}
+    measuring["all"] = sum(measuring.values())
+    return [
+        [n, str(len(of_one)), f"{sum(of_one.values()) / 60:.1f}", f"{measuring[n] / 60:.1f}"]
+        for n, of_one in runs.items()
+    ]
 
 
 def publish(folder: Path, target: Path, readme: Path) -> None:

@@ -281,7 +281,7 @@ def data_notice(described: dict[str, dict]) -> str:
 
 
 def provenance(study) -> dict:
-    """What made a result: parameters, data, device, versions, commit, and the seconds of training done for it."""
+    """What made a result: parameters, data, device, versions, commit, and the seconds that it took."""
     import torch
 
     gpu = torch.cuda.get_device_name(study.device) if study.device.type == "cuda" else None
@@ -293,6 +293,7 @@ def provenance(study) -> dict:
         "versions": {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}},
         "commit": study.commit,
         "training_seconds": study.training_seconds(),
+        "measuring_seconds": study.measuring_seconds(),
     }
 
 

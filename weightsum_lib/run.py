@@ -166,7 +166,10 @@ class _terminal:
 
 
 def own_kernel() -> None:
-    """Make Jupyter find this environment's ``python3`` kernel before any other on the machine."""
+    """Make Jupyter find this environment's ``python3`` kernel before any other on the machine, and speed it up."""
+    # glibc's malloc gives large blocks back at once, so that each tensor's pages are new: a tenth of a training step
+    for variable, size in (("MALLOC_MMAP_THRESHOLD_", 1 << 30), ("MALLOC_TRIM_THRESHOLD_", 1 << 34)):
+        os.environ.setdefault(variable, str(size))
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ.pop("JUPYTER_PATH", None)
     spec = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"

@@ -78,6 +78,7 @@ class Study:
         self.data_dir = str(cache.PACKAGE.parent / params.data_dir) if params.data_dir else ""
         self._datasets: dict[str, data.Dataset] = {}
         self._runs: dict[str, Run] = {}
+        self._measuring_seconds: dict[str, float] = {}
 
     def dataset(self, name: str) -> data.Dataset:
         """One of the datasets, on the study's device.
@@ -203,12 +204,17 @@ class Study:
         """What was read so far, by dataset (:meth:`weightsum_lib.data.Dataset.describe`)."""
         return {name: d.describe() for name, d in sorted(self._datasets.items()) if name in DATASETS}
 
-    def training_seconds(self) -> float:
-        """Seconds that it took to train all runs used so far, whenever that was."""
-        return sum(row["seconds"] for run in self._runs.values() for row in run.history)
+    def training_seconds(self) -> dict[str, float]:
+        """Seconds that it took to train each run used so far, whenever that was, by the name of its folder."""
+        return {name: sum(row["seconds"] for row in run.history) for name, run in self._runs.items()}
+
+    def measuring_seconds(self) -> float:
+        """Seconds that it took to compute all measurements used so far, whenever that was."""
+        return sum(self._measuring_seconds.values())
 
     def measured(self, what: str, configs: Sequence[RunConfig], settings: dict, compute: Callable[[], object]):
         """A JSON-able measurement of finished runs, computed once for the same runs, settings, data and code."""
+        self.train_all(configs)
         p = self.params
         key = {
             "what": what,
@@ -219,8 +225,12 @@ class Study:
         }
         path = self.results / "measurements" / f"{cache.content_key(key)}.json"
         if not path.exists():
-            cache.write_json(path, {"key": key, "value": compute()})
-        return cache.read_json(path)["value"]
+            started = time.perf_counter()
+            value = compute()
+            cache.write_json(path, {"key": key, "value": value, "seconds": time.perf_counter() - started})
+        content = cache.read_json(path)
+        self._measuring_seconds[path.stem] = content["seconds"]
+        return content["value"]
 
 
 class _Progress:

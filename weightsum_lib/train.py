@@ -19,7 +19,7 @@ from weightsum_lib import cache
 from weightsum_lib.batchnorm import recalibrate
 from weightsum_lib.keys import Key, compact, deal, draw, hidden_sizes
 from weightsum_lib.losses import three_term_loss
-from weightsum_lib.models import ARCHITECTURES, normalize
+from weightsum_lib.models import ARCHITECTURES, memory_format, normalize
 from weightsum_lib.weights import WeightSum
 
 _SHIFT = 2  # pixels by which a training image is moved at most
@@ -129,7 +129,7 @@ def build(config: RunConfig, role: str = "main") -> nn.Module:
         network = ARCHITECTURES[config.arch](
             width=config.width * config.key_share, dropout=config.dropout, centered_scale=config.centered_scale
         )
-    return network.to(memory_format=torch.channels_last)
+    return network.to(memory_format=memory_format(hidden_sizes(network).values()))
 
 
 def key_sizes(config: RunConfig) -> tuple[dict[str, int], dict[str, int]]:
