@@ -12,10 +12,14 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | ck
 RUN = $(PY) -m weightsum_lib.run
 OPTIONS = --profile "$(PROFILE)" --data-dir "$(DATA_DIR)" --seeds "$(SEEDS)" --device "$(DEVICE)"
 
+# glibc's malloc gives large blocks back at once, so that each tensor's pages are new: a tenth of a training step
+export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
+export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
+
 .DEFAULT_GOAL := help
 # one notebook trains at a time anyway; `make -j2 notebooks book` must not build before it has run
 .NOTPARALLEL:
-.PHONY: help all setup notebooks book publish lab test lock clean
+.PHONY: help all setup notebooks book publish bench lab test lock clean
 
 help:  ## Print this help.
 	@echo "make TARGET [PROFILE=smoke|quick|hour|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda]"
@@ -54,6 +58,9 @@ book: setup  ## Build the report from what has been run (also PROFILE=published:
 
 publish: setup  ## Keep the finished run of PROFILE as book/published, and its table in the README.
 	@$(RUN) publish $(OPTIONS)
+
+bench: setup  ## Measure the speed of a training step, about three minutes; the book's page on speed shows it.
+	@$(PY) -m weightsum_lib.bench --device "$(DEVICE)"
 
 lab: setup  ## Open JupyterLab on the paired notebooks.
 	@$(PY) -m jupytext --quiet --sync notebooks/*.py

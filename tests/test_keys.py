@@ -81,6 +81,13 @@ def test_a_sum_under_keys_is_the_sum_of_the_wide_networks_compact_or_not(images)
     assert compact(both)[0].sizes["classifier.fc2"] < WIDE["classifier.fc2"]
 
 
+def test_the_compact_sum_has_one_shape_for_all_keys_of_a_size():
+    shapes = [compact([draw(SMALL, WIDE, generator(i)), draw(SMALL, WIDE, generator(i + 9))])[0].sizes for i in (0, 1)]
+    assert shapes[0] == shapes[1] == {layer: 2 * n for layer, n in SMALL.items()}
+    three = compact([draw(SMALL, hidden_sizes(vgg8(width=1 / 8)), generator(i)) for i in range(3)])
+    assert three[0].sizes == {layer: 2 * n for layer, n in SMALL.items()}  # no more than there are
+
+
 def test_gradients_flow_through_keys_to_every_parent_that_is_not_held(images):
     a, b = network(), network()
     total = WeightSum([a, b], keys=[draw(SMALL, WIDE, generator(i)) for i in (0, 1)])

@@ -47,6 +47,9 @@ def house(tmp_path_factory):
     for name in ("book", "notebooks", "weightsum_lib", "params"):
         ignore = shutil.ignore_patterns("_build", "published", "__pycache__", "*.ipynb", ".*")
         shutil.copytree(ROOT / name, path / name, ignore=ignore)
+    for published in (ROOT / "book" / "published").glob("bench.*"):  # the page on speed needs them
+        (path / "book" / "published").mkdir(exist_ok=True)
+        shutil.copyfile(published, path / "book" / "published" / published.name)
     foreign = top / "foreign" / "kernels" / "python3"
     foreign.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "foreign", "language": "python"}

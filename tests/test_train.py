@@ -2,8 +2,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightsum_lib import RunConfig, compare_layers
+from weightsum_lib import RunConfig, compare_layers, normalize
 from weightsum_lib import train as train_module
 from weightsum_lib.train import augment, build, train
 
@@ -22,6 +23,40 @@ def test_the_same_seed_gives_the_same_numbers_twice(datasets):
     strip = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]  # noqa: E731
     assert strip(a) == strip(b)
     assert not equal(a.networks["main"], train(replace(PAIR, seed=1), datasets).networks["main"])
+
+
+class _Reads(TorchDispatchMode):
+    """Counts how often the host reads a number of a tensor, for which it would have to wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("change", [{}, {"symmetric": True, "quiet": 1.0, "equal_norms": True}])
+def test_the_host_waits_for_the_device_once_an_epoch_not_once_a_step(datasets, change):
+    counts = []
+    for steps in (1, 3):
+        with _Reads() as reads:
+            train(replace(PAIR, epochs=1, epoch_images=steps * PAIR.batch_size, **change), datasets)
+        counts.append(reads.count)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(("share", "layout"), [(0.5, torch.contiguous_format), (1.0, torch.channels_last)])
+def test_the_memory_layout_changes_the_speed_only(images, share, layout):
+    network = build(RunConfig("independent", "mnist", width=0.25, key_share=share)).eval()
+    kernels = [p for p in network.parameters() if p.ndim == 4]
+    assert all(k.is_contiguous(memory_format=layout) for k in kernels)
+    assert not all(k.is_contiguous() and k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
+    x = normalize(images)
+    out = network(x)
+    for other in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(network.to(memory_format=other)(x), out, rtol=1e-4, atol=1e-5)
 
 
 def test_training_learns(datasets):
@@ -49,7 +84,7 @@ def test_the_symmetric_term_changes_the_training(datasets):
 
 
 KEYED = replace(PAIR, width=1 / 4, symmetric=True, quiet=1.0, centered_scale=True, key_share=0.25)
-RANDOM, DISJOINT = replace(KEYED, keys="random", permuted_support=0.8), replace(KEYED, keys="disjoint")
+RANDOM, DISPAIR = replace(KEYED, keys="random", permuted_support=0.8), replace(KEYED, keys="disjoint")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +97,7 @@ RANDOM, DISJOINT = replace(KEYED, keys="random", permuted_support=0.8), replace(
         (replace(PAIR, symmetric=True), {"symmetric_to": "main"}),
         (RANDOM, {"permuted_support": 0.0}),
         (RANDOM, {"centered_scale": False}),
-        (DISJOINT, {"owner_statistics": True}),
+        (DISPAIR, {"owner_statistics": True}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
@@ -108,7 +143,7 @@ class Stop(Exception):
 
 def test_under_owner_statistics_the_sum_in_training_is_the_plain_sum_of_the_state_dicts(datasets):
     """With disjoint keys the logits that training adds are those of the added state dicts."""
-    config = replace(DISJOINT, owner_statistics=True, epochs=1, dropout=0.0)
+    config = replace(DISPAIR, owner_statistics=True, epochs=1, dropout=0.0)
     run = train(config, datasets)
     a, b = run.networks["main"], run.networks["support"]
     keys = [train_module.key_of(config, role, block) for block, role in enumerate(run.networks)]
@@ -134,7 +169,7 @@ def test_keys_of_networks_that_never_met_are_drawn_apart():
     assert a.positions["classifier.fc1"].tolist() != b.positions["classifier.fc1"].tolist()
     again = train_module.key_of(RANDOM, "main", 1)
     assert all(torch.equal(p, again.positions[layer]) for layer, p in a.positions.items())
-    dealt = [train_module.key_of(DISJOINT, "main", block).positions["classifier.fc1"] for block in (0, 1)]
+    dealt = [train_module.key_of(DISPAIR, "main", block).positions["classifier.fc1"] for block in (0, 1)]
     assert not torch.isin(*dealt).any()
 
 

@@ -99,6 +99,17 @@ def _times(provenances: dict[str, dict]) -> list[list[str]]:
     ]
 
 
+def bench_files(folder: Path, published: Path) -> list[Path]:
+    """What ``make bench`` measured: here if it has been run, else in the published run.
+
+    Args:
+        folder: a profile's results, beside which ``make bench`` writes its own.
+        published: ``book/published``.
+    """
+    beside = folder.parent if (folder.parent / "bench.json").exists() else published
+    return [beside / "bench.json", beside / "bench.png"]
+
+
 def publish(folder: Path, target: Path, readme: Path) -> None:
     """Keep a finished run as the published one, and bring the README's headline up to date.
 
@@ -113,6 +124,8 @@ def publish(folder: Path, target: Path, readme: Path) -> None:
     for path in sorted(folder.glob("[0-9]*")):
         if path.suffix == ".ipynb" or (path.suffix == ".json" and not path.name.endswith(".stamp.json")):
             shutil.copyfile(path, aside / path.name)
+    for path in bench_files(folder, target):
+        shutil.copyfile(path, aside / path.name)
     write_headline(folder, aside)
     params = cache.read_json(aside / "headline.json")["provenance"]["params"]
     text = "# The parameters of this run, overrides included.\n" + yaml.safe_dump(params, sort_keys=False)

@@ -166,10 +166,7 @@ class _terminal:
 
 
 def own_kernel() -> None:
-    """Make Jupyter find this environment's ``python3`` kernel before any other on the machine, and speed it up."""
-    # glibc's malloc gives large blocks back at once, so that each tensor's pages are new: a tenth of a training step
-    for variable, size in (("MALLOC_MMAP_THRESHOLD_", 1 << 30), ("MALLOC_TRIM_THRESHOLD_", 1 << 34)):
-        os.environ.setdefault(variable, str(size))
+    """Make Jupyter find this environment's ``python3`` kernel before any other on the machine."""
     os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
     os.environ.pop("JUPYTER_PATH", None)
     spec = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
@@ -262,6 +259,8 @@ def build_book(folder: Path) -> Path:
         from weightsum_lib import report
 
         report.write_headline(folder, source / "results")
+        for path in report.bench_files(folder, PUBLISHED):
+            shutil.copyfile(path, source / "results" / path.name)
         library = {path.name: path.read_text(encoding="utf-8") for path in sorted(cache.PACKAGE.glob("*.py"))}
         files = {str(f.relative_to(source)): cache.file_sha256(f) for f in sorted(source.rglob("*")) if f.is_file()}
         stamp = cache.content_key([files, library])
