@@ -142,10 +142,18 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     for path in PUBLISHED.glob("[0-9]*"):
         (source / path.name).write_bytes(path.read_bytes())
     (source / "01_mnist_cifar10.stamp.json").write_text("{}")
+    for path in PUBLISHED.glob("bench.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
     readme.write_text(f"before\n{report._BEGIN}old\n{report._END}after\n", encoding="utf-8")
     report.publish(source, tmp_path / "published", readme)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert report.readme_headline(PUBLISHED) in text
     assert (tmp_path / "published" / "params.yaml").exists()
+    made = json.loads((tmp_path / "published" / "headline.json").read_text(encoding="utf-8"))["tables"]
+    (line,) = made["profiles"]["rows"]  # one profile was run there: this one
+    assert line[2:] == made["times"]["rows"][-1][1:] and float(line[3]) > 0
+    report.write_headline(tmp_path / "published", tmp_path / "again")  # and the stored run keeps it
+    again = json.loads((tmp_path / "again" / "headline.json").read_text(encoding="utf-8"))["tables"]
+    assert again["profiles"] == made["profiles"]
     assert not list((tmp_path / "published").glob("*.stamp.json"))

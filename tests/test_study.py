@@ -200,6 +200,10 @@ def test_more_than_two_networks_and_who_met_whom(tiny):
     assert found["before"][1] == accuracy(networks[1], None, svhn, study.precision)
     met = evaluate.many_sum(study, "random keys", ["mnist", "svhn", "cifar10 beside mnist"], 0)
     pair = study.run(study.config("random keys", "mnist", "cifar10")).networks
+    wide = evaluate.many_sum(study, "disjoint keys", ["mnist", "svhn", "cifar10 with mnist+svhn"], 0)
+    config = study.config("disjoint keys", "cifar10", "mnist+svhn")
+    data = study.dataset("cifar10")
+    assert wide["before"][2] == accuracy(study.run(config).networks["main"], None, data, study.precision)
     images = evaluate.calibration_images(study, ["mnist", "svhn", "cifar10"])
     assert met["before"][2] == accuracy(pair["support"], images, study.dataset("cifar10"), study.precision)
 

@@ -488,7 +488,8 @@ def many_sum(study: Study, method: str, networks: Sequence[str], seed: int) -> d
         study: where the networks come from.
         method: row of the report.
         networks: for each network its dataset, trained as main network beside CIFAR-10 (CIFAR-10 itself beside MNIST
-            inverted); or "<dataset> beside <dataset>", the support network of that main task's pair.
+            inverted); "<dataset> with <dataset>", beside that one instead; or "<dataset> beside <dataset>", the
+            support network of that main task's pair.
         seed: repetition.
 
     Returns:
@@ -497,7 +498,8 @@ def many_sum(study: Study, method: str, networks: Sequence[str], seed: int) -> d
     policy, configs, tested = headline_policy(study, method), [], []
     for name in networks:
         own, _, main = name.partition(" beside ")
-        config = main_config(study, method, main or own, support_of(main or own), seed)
+        own, _, support = own.partition(" with ")
+        config = main_config(study, method, main or own, support or support_of(main or own), seed)
         role = "support" if main else "main"
         if config.protocol != "joint":
             config, role = replace(config, main=own), "main"

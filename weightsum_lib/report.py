@@ -81,6 +81,7 @@ def write_headline(folder: Path, target: Path) -> None:
                 "columns": ["Notebook", "Networks", "Training (minutes)", "Evaluation (minutes)"],
                 "rows": _times({n: c["provenance"] for n, c in found.items()}),
             },
+            "profiles": _profiles(folder),
         },
         "provenance": last,
     }
@@ -97,6 +98,20 @@ def _times(provenances: dict[str, dict]) -> list[list[str]]:
         [n, str(len(of_one)), f"{sum(of_one.values()) / 60:.1f}", f"{measuring[n] / 60:.1f}"]
         for n, of_one in runs.items()
     ]
+
+
+def _profiles(folder: Path) -> dict:
+    """The table of what each profile took that was run beside this one; a published run keeps its own."""
+    kept = folder / "headline.json"
+    if kept.exists():
+        return cache.read_json(kept)["tables"]["profiles"]
+    rows = []
+    for profile in sorted(p for p in folder.parent.iterdir() if p.is_dir()):
+        found = {n: cache.read_json(path)["provenance"] for n in _TASKS if (path := profile / f"{n}.json").exists()}
+        if len(found) == len(_TASKS) and all("measuring_seconds" in p for p in found.values()):  # not of older code
+            last = found[_TASKS[-1]]
+            rows.append([last["params"]["profile"], last["device"], *_times(found)[-1][1:]])
+    return {"columns": ["Profile", "Device", "Networks", "Training (minutes)", "Evaluation (minutes)"], "rows": rows}
 
 
 def bench_files(folder: Path, published: Path) -> list[Path]:

@@ -157,14 +157,17 @@ def finding_unmet(rows: dict[str, dict], counted: dict[str, bool], titles: dict[
     )
 
 
-def finding_transfer(disjoint: dict, random: dict, sparsest: dict, three: dict, titles: dict, all_titles: dict) -> str:
+def finding_transfer(
+    disjoint: dict, random: dict, sparsest: dict, three: dict, met: dict, titles: dict, all_titles: dict
+) -> str:
     """Plain sentences on what lets networks that never met be summed.
 
     Args:
         disjoint: the summarized row of disjoint keys (``policy``, ``n``, and ``kept_`` + dataset).
         random: that of random keys.
         sparsest: that of the random keys with the least overlap, with ``overlap``.
-        three: that of a sum of three under disjoint keys.
+        three: that of a sum of three under disjoint keys, none of which has met another.
+        met: the same with a third network that has met the images of the two tasks.
         titles: the two datasets' names to their titles.
         all_titles: the same for the three.
     """
@@ -176,6 +179,7 @@ def finding_transfer(disjoint: dict, random: dict, sparsest: dict, three: dict, 
         missed = [title for n, title in names.items() if row[f"kept_{n}"]["mean"] < wanted]
         return f"the aim of {wanted:g} % is " + (f"missed on {' and '.join(missed)}" if missed else "reached on all")
 
+    last = list(all_titles.values())[-1]
     return (
         f"Under disjoint keys the state dicts are added, buffers and all, and the sum keeps {kept(disjoint, titles)} "
         f"(policy `{disjoint['policy']}`, n = {disjoint['n']}; {targets(disjoint, titles, 99.5)}). "
@@ -183,7 +187,8 @@ def finding_transfer(disjoint: dict, random: dict, sparsest: dict, three: dict, 
         f"n = {random['n']}; {targets(random, titles, 98)}); with the least overlap tried, "
         f"k = {sparsest['overlap']:g}, {kept(sparsest, titles)} (n = {sparsest['n']}). "
         f"Three networks under disjoint keys, none of which has met another, keep {kept(three, all_titles)} "
-        f"(n = {three['n']}; {targets(three, all_titles, 98)})."
+        f"(n = {three['n']}; {targets(three, all_titles, 98)}); with a {last} network that has "
+        f"met the images of both tasks, {kept(met, all_titles)} (n = {met['n']}; {targets(met, all_titles, 98)})."
     )
 
 
