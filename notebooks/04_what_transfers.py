@@ -245,21 +245,7 @@ plots.number_of_networks(
 # trained alone for as many steps (own training task's statistics).
 
 # %% tags=["hide-input"]
-price = []
-for row in rows:
-    if row["policy"] == "per_task":
-        size = evaluate.same_size_alone(study, row["method"])
-        twins = {
-            m: [r for r in rows if (r["policy"], r["seed"], r["method"]) == ("per_task", row["seed"], m)]
-            for m in (BASELINE, size)
-        }
-        if all(twins.values()):
-            line = {"method": row["method"], "seed": row["seed"]}
-            for name in titles:
-                line[f"before_{name}"] = row[f"before_{name}"]
-                line[f"gap_full_{name}"] = twins[BASELINE][0][f"before_{name}"] - row[f"before_{name}"]
-                line[f"gap_size_{name}"] = twins[size][0][f"before_{name}"] - row[f"before_{name}"]
-            price.append(line)
+price = results.price(rows, {m: evaluate.same_size_alone(study, m) for m in switches}, BASELINE, list(titles))
 price_columns = [f"{kind}_{name}" for name in titles for kind in ("before", "gap_full", "gap_size")]
 price_summary = results.summarize(price, ["method"], price_columns)
 price_table = results.table(

@@ -69,6 +69,20 @@ def test_summarize_leaves_out_what_a_row_lacks():
     assert results.table([a, b], {"method": "Method", "x": "X"}).values.tolist() == [["a", "1.0"], ["b", "–"]]
 
 
+def test_the_price_is_what_a_twin_of_the_same_seed_can_do_more():
+    def row(method, seed, before, policy="per_task"):
+        return {"method": method, "seed": seed, "policy": policy, "before_mnist": before}
+
+    rows = [row("full", 0, 99.0), row("small", 0, 97.5), row("keyed", 0, 96.0), row("keyed", 1, 90.0)]
+    rows.append(row("keyed", 0, 0.0, "union"))
+    same = {"full": "full", "small": "small", "keyed": "small"}
+    priced = {(r["method"], r["seed"]): r for r in results.price(rows, same, "full", ["mnist"])}
+    assert priced["keyed", 0]["gap_full_mnist"] == 3.0 and priced["keyed", 0]["gap_size_mnist"] == 1.5
+    assert priced["keyed", 0]["before_mnist"] == 96.0
+    assert ("keyed", 1) not in priced  # no twin has that seed
+    assert priced["full", 0]["gap_full_mnist"] == 0.0
+
+
 def test_a_page_says_which_data_it_was_made_from():
     images = {"train": 9000, "val": 1000, "test": 10}
     real = {"source": "real", "note": "exact", "images": images}

@@ -33,7 +33,7 @@ def memory_format(channels: Iterable[int]) -> torch.memory_format:
     """The layout of convolution weights, which the activations take over, for hidden layers of these sizes.
 
     Channels last is the faster one, but PyTorch's batch norm on a CPU takes 16 channels at a time there, and its
-    backward pass is up to 20 times slower where they don't divide (``make bench`` measures it).
+    backward pass is many times slower where they don't divide (``make bench`` measures it).
     """
     return torch.contiguous_format if any(n % 16 for n in channels) else torch.channels_last
 

@@ -215,6 +215,35 @@ def loss_split(rows: Iterable[dict], names: Sequence[str]) -> list[dict]:
     ]
 
 
+def price(rows: Iterable[dict], same_size: dict[str, str], full: str, names: Sequence[str]) -> list[dict]:
+    """What each network loses against dense ones that were trained alone, in points, under their own statistics.
+
+    Args:
+        rows: task 3's, with ``method``, ``policy``, ``seed`` and ``before_`` + dataset.
+        same_size: a method's label to that of the row with networks of its size, trained alone.
+        full: label of the row with networks of full width, trained alone.
+        names: the datasets.
+
+    Returns:
+        a dict for each method and seed for which both twins are there: ``before_`` + dataset, ``gap_full_`` +
+        dataset and ``gap_size_`` + dataset (the twin's accuracy minus the network's).
+    """
+    alone = {(row["method"], row["seed"]): row for row in rows if row["policy"] == "per_task"}
+    priced = []
+    for (method, seed), row in alone.items():
+        twins = {kind: alone.get((m, seed)) for kind, m in (("full", full), ("size", same_size[method]))}
+        if all(twins.values()):
+            gaps = {
+                f"gap_{kind}_{n}": twin[f"before_{n}"] - row[f"before_{n}"]
+                for kind, twin in twins.items()
+                for n in names
+            }
+            priced.append(
+                {"method": method, "seed": seed, **{f"before_{n}": row[f"before_{n}"] for n in names}, **gaps}
+            )
+    return priced
+
+
 def headline_row(row: dict, task: str, networks: str, control: dict, suffix: str = "") -> dict:
     """A summarized row for the front page.
 
