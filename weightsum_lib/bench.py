@@ -39,7 +39,7 @@ _LABELS = {  # what a row is called in the report
     "functional": "`functional_call` on added weights",
     "static": "third module, filled by `_foreach_add`",
     "obvious": "the obvious way, float32",
-    "obvious_fed": "the obvious way and its DataLoader",
+    "obvious_fed": "the obvious way and its loader",
 }
 
 
@@ -416,7 +416,14 @@ def measure(chosen: Sequence[Setting], images: int = _TESTED_IMAGES) -> dict:
         name = f"{setting.arch.upper()}, width {setting.width:g}, batch {setting.batch_size}"
         print(f"{name} …", flush=True)
         steps += [
-            {"setting": name, **row, "share": row["flops_per_second"] / rate, "label": _LABELS[row["way"]]}
+            {
+                "setting": name,
+                "width": setting.width,
+                "batch_size": setting.batch_size,
+                **row,
+                "share": row["flops_per_second"] / rate,
+                "label": _LABELS[row["way"]],
+            }
             for row in Bench(setting).rows()
         ]
         gc.collect()
@@ -430,7 +437,8 @@ def measure(chosen: Sequence[Setting], images: int = _TESTED_IMAGES) -> dict:
             "finding": finding(steps),
             "device": gpu or f"CPU, {torch.get_num_threads()} threads",
             "precision": precision,
-            "matmul_rate": rate,
+            "network": chosen[0].arch.upper(),
+            "matmul_rate": f"{rate / 1e12:.2g} TFLOP/s",
             "versions": f"torch {torch.__version__}, Python {sys.version.split()[0]}",
         },
         "tables": {
@@ -454,15 +462,13 @@ def _as_shown(row: dict) -> dict[str, str]:
     """A line of the table of steps."""
     low, high = row["quartiles"]
     return {
-        "Setting": row["setting"],
+        "Width, batch": f"{row['width']:g}, {row['batch_size']}",
         "Step": row["label"],
-        "Median (ms)": f"{1e3 * row['seconds']:,.0f}",
-        "Quartiles (ms)": f"{1e3 * low:,.0f} to {1e3 * high:,.0f}",
-        "Steps": str(row["steps"]),
-        "Triplets a second": f"{row['triplets_per_second']:,.0f}",
-        "Ratio to the floor": f"{row['ratio_to_floor']:.2f}",
-        "Share of the matrix-product rate (%)": f"{100 * row['share']:.0f}",
-        "Peak memory (MiB)": f"{row['peak_bytes'] / 2**20:,.0f}",
+        "Median (quartiles), ms": f"{1e3 * row['seconds']:,.0f} ({1e3 * low:,.0f}–{1e3 * high:,.0f})",
+        "Triplets/s": f"{row['triplets_per_second']:,.0f}",
+        "× floor": f"{row['ratio_to_floor']:.2f}",
+        "% of peak": f"{100 * row['share']:.0f}",
+        "MiB": f"{row['peak_bytes'] / 2**20:,.0f}",
     }
 
 

@@ -117,7 +117,7 @@ def _papermill(name: str, p: Params, target: Path) -> str:
                 kernel_name="python3",
                 progress_bar=False,
                 cwd=ROOT,
-                extra_arguments=["--log-level=ERROR"],  # no word of the kernel's own on the terminal
+                extra_arguments=["--log-level=CRITICAL"],  # no word of the kernel's own, an interrupt at its end
             )
             error = ""
         except papermill.PapermillExecutionError as failure:
