@@ -186,10 +186,10 @@ plots.against_overlap(
 
 # %% tags=["hide-input"]
 THIRDS = {
-    "the support of the MNIST pair": f"{SUPPORT} beside {FIRST}",
-    "the support of the SVHN pair": f"{SUPPORT} beside {SECOND}",
-    "one that met neither": SUPPORT,
-    "one that met the images of both": f"{SUPPORT} with {FIRST}+{SECOND}",
+    "MNIST's support": f"{SUPPORT} beside {FIRST}",
+    "SVHN's support": f"{SUPPORT} beside {SECOND}",
+    "met neither": SUPPORT,
+    "met the images of both": f"{SUPPORT} with {FIRST}+{SECOND}",
 }
 three = []
 for method in (TRAINED, RANDOM, DISJOINT):
@@ -209,7 +209,7 @@ three_table = results.table(
     three_summary,
     {
         "method": "Method",
-        "third": "The CIFAR-10 network is",
+        "third": "CIFAR-10 network",
         "policy": "Policy",
         **{f"{k}_{n}": f"{t} {k} (%)" for n, t in all_titles.items() for k in ("before", "after")},
         "n": "n",
@@ -265,7 +265,7 @@ price_table.style.hide(axis="index")
 
 # %% tags=["hide-input"]
 stranger, met = (
-    next(r for r in three_summary if (r["method"], r["third"]) == (DISJOINT, f"one that met {whom}"))
+    next(r for r in three_summary if (r["method"], r["third"]) == (DISJOINT, f"met {whom}"))
     for whom in ("neither", "the images of both")
 )
 finding = results.finding_transfer(by_method[DISJOINT], by_method[RANDOM], least, stranger, met, titles, all_titles)
