@@ -118,7 +118,7 @@ plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks
 # The green diamond is the control without which no number here means anything: the *other* task's network on these
 # images, alone.
 
-# %%
+# %% tags=["hide-input"]
 for name in titles:
     rows = results.with_gap(rows, f"before_{name}", f"after_{name}", suffix=f"_{name}")
 measured = results.loss_split([row for row in rows if f"ensemble_{SECOND}" in row], titles)
