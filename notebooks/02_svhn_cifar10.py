@@ -108,7 +108,7 @@ plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks
 # weights θ_main + θ_support, on the same test images. Both have their batch-norm statistics re-estimated on the
 # same unlabelled training images of SVHN (policy `recalibrated`).
 
-# %%
+# %% tags=["hide-input"]
 rows = results.with_gap(evaluate.before_after(study, MAIN, SUPPORT))
 summary = results.summarize(rows, ["method"], ["before", "after", "gap", "kept"])
 by_method = {row["method"]: row for row in summary}
