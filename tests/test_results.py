@@ -107,7 +107,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
         "training_seconds": {"run": 60.0}, "measuring_seconds": 30.0,
     }  # fmt: skip
     content = {
-        "headline": [results.headline_row(r, "Task 1", "sum", results.interval([9.0])) for r in rows],
+        "headline": [results.headline_row(r, "Task 1: MNIST", "sum", results.interval([9.0])) for r in rows],
         "provenance": provenance,
     }
     report.write_headline(tmp_path, tmp_path / "none")
@@ -115,7 +115,19 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     (tmp_path / "01_mnist_cifar10.json").write_text(json.dumps(content))
     report.write_headline(tmp_path, tmp_path / "out")
     made = json.loads((tmp_path / "out" / "headline.json").read_text())
-    assert made["tables"]["headline"]["rows"][0] == ["Task 1", "sum, joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
+    assert made["tables"]["headline"]["rows"][0] == [
+        "Task 1: MNIST",
+        "sum, joint ce",
+        "98.0",
+        "97.5",
+        "0.50",
+        "9.0",
+        "1",
+    ]
+    assert made["tables"]["answer"]["rows"] == [
+        ["trained apart", "98.0 → 11.0", "loses the skill"],
+        ["trained to be added", "98.0 → 97.5", "keeps the skill"],
+    ]
     assert made["tables"]["times"]["rows"] == [["01_mnist_cifar10", "1", "1.0", "0.5"], ["all", "1", "1.0", "0.5"]]
     first = (tmp_path / "out" / "headline.png").read_bytes()
     report.write_headline(tmp_path, tmp_path / "out")

@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from weightsum_lib import cache, plots, results
-from weightsum_lib.params import DATASETS
+from weightsum_lib.params import BASELINE, DATASETS, DISJOINT, RANDOM, TRAINED
 
 _TASKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_transfers")
 
@@ -53,6 +53,7 @@ def write_headline(folder: Path, target: Path) -> None:
             ),
         },
         "tables": {
+            "answer": _answer(rows),
             "headline": results.as_json_table(results.table(rows, columns)),
             "data": {
                 "columns": ["Dataset", "Source", "Training", "Validation", "Test", "SHA-256 of the file"],
@@ -86,6 +87,36 @@ def write_headline(folder: Path, target: Path) -> None:
         "provenance": last,
     }
     cache.write_json(target / "headline.json", content)
+
+
+_ANSWERS = (  # the two networks, the tasks that tested them, the row
+    ("trained apart", ("Task 1", "Task 2"), BASELINE),
+    ("trained to be added", ("Task 1", "Task 2"), TRAINED),
+    ("that never met, each trained to be added to another", ("Task 3",), TRAINED),
+    ("that never met, with random keys", ("Task 3",), RANDOM),
+    ("that never met, with disjoint keys", ("Task 3",), DISJOINT),
+)
+
+
+def _answer(rows: list[dict]) -> dict:
+    """The headline in five lines: accuracy before and after the sum, and what that makes of the skill."""
+    titles = list(dict.fromkeys(row["task"].partition(": ")[2] for row in rows))
+    lines = []
+    for networks, tasks, method in _ANSWERS:
+        of_method = [row for row in rows if row["method"] == method and row["task"].startswith(tasks)]
+        by_title = {row["task"].partition(": ")[2]: row for row in of_method}
+        if by_title:
+            cells, verdicts = [], {}
+            for title in titles:
+                row = by_title.get(title)
+                ends = [results.format_interval(row[end]) for end in ("before", "after")] if row else []
+                cells.append(" → ".join(ends) or "–")
+                if row:
+                    verdicts[title] = results.verdict(row["before"]["mean"], row["after"]["mean"])
+            same = len(set(verdicts.values())) == 1
+            text = next(iter(verdicts.values())) if same else "; ".join(f"{t}: {v}" for t, v in verdicts.items())
+            lines.append([networks, *cells, text])
+    return {"columns": ["Two networks", *(f"{t}: before → after (%)" for t in titles), "Their sum"], "rows": lines}
 
 
 def _times(provenances: dict[str, dict]) -> list[list[str]]:
@@ -158,10 +189,13 @@ _BEGIN, _END = "<!-- headline: from book/published -->\n", "<!-- /headline -->\n
 def readme_headline(published: Path) -> str:
     """The README's table and figure, in Markdown, from the published run."""
     content = cache.read_json(published / "headline.json")
-    table, values = content["tables"]["headline"], content["values"]
-    lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+    values = content["values"]
+    tables = []
+    for table in (content["tables"][name] for name in ("answer", "headline")):
+        lines = [table["columns"], ["---"] * len(table["columns"]), *table["rows"]]
+        tables.append("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
     return (
-        "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+        "\n\n".join(tables)
         + "\n\n![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)\n\n"
         + f"{values['run_notice']} {values['data_notice'].replace('on this page', 'in this table')}\n"
     )

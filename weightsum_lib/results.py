@@ -255,7 +255,8 @@ def headline_row(row: dict, task: str, networks: str, control: dict, suffix: str
         suffix: of the row's keys.
     """
     columns = {c: row[f"{c}{suffix}"] for c in ("before", "after", "gap")}
-    return {"task": task, "networks": f"{networks}, {row['method']}", **columns, "control": control, "n": row["n"]}
+    shown = {"task": task, "method": row["method"], "networks": f"{networks}, {row['method']}"}
+    return {**shown, **columns, "control": control, "n": row["n"]}
 
 
 def layer_table(rows: Sequence[dict]) -> pd.DataFrame:
