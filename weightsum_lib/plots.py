@@ -376,7 +376,7 @@ def speed(rows: Sequence[dict], device: str) -> Figure:
         axes.grid(axis="y", visible=False)
     ratios = sorted(row["seconds"] / of["seconds"] for row, of in _with_floor(rows) if row["way"] == "ours")
     between = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else f"{ratios[0]:.2f}"
-    return _message(figure, f"The three-term step takes {between} times as long as its three passes must ({device})")
+    return _message(figure, f"The three-term step takes {between} times as long as its floor ({device})")
 
 
 def _with_floor(rows: Sequence[dict]) -> list[tuple[dict, dict]]:
