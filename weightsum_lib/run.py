@@ -91,7 +91,7 @@ def execute(name: str, p: Params, folder: Path) -> bool:
             (folder / f"{name}.json").unlink(missing_ok=True)
             print(f"{name}: FAILED after {seconds:.0f} s: {error}\n  traceback: {target}", file=sys.stderr)
             return False
-        cache.write_json(stamp_file, {"stamp": stamp, "results": _results_digest(name, folder), "seconds": seconds})
+        cache.write_json(stamp_file, {"stamp": stamp, "results": _results_digest(name, folder)})
         print(f"{name}: done in {seconds:.0f} s", flush=True)
         return True
 
