@@ -69,6 +69,26 @@ def test_summarize_leaves_out_what_a_row_lacks():
     assert results.table([a, b], {"method": "Method", "x": "X"}).values.tolist() == [["a", "1.0"], ["b", "–"]]
 
 
+def test_an_aim_is_missed_by_more_than_the_interval_or_the_report_says_so():
+    def row(*kept, **more):
+        names = ("mnist", "svhn", "cifar10")
+        return {
+            "policy": "owner",
+            "n": 2,
+            **{f"kept_{n}": results.interval(k) for n, k in zip(names, kept, strict=False)},
+            **more,
+        }
+
+    titles = {"mnist": "MNIST", "svhn": "SVHN"}
+    sound, unsure, bad = [100.0, 100.0], [99.0, 99.8], [50.0, 51.0]
+    text = results.finding_transfer(
+        row(sound, unsure), row(sound, bad), row(sound, bad, overlap=0.1), row(*[sound] * 3), row(sound, bad, unsure),
+        titles, {**titles, "cifar10": "CIFAR-10"},
+    )  # fmt: skip
+    assert "the aim of 99.5 % is missed on SVHN (inside its interval))" in text
+    assert "the aim of 98 % is missed on SVHN)" in text and "the aim of 98 % is reached on all" in text
+
+
 def test_the_price_is_what_a_twin_of_the_same_seed_can_do_more():
     def row(method, seed, before, policy="per_task"):
         return {"method": method, "seed": seed, "policy": policy, "before_mnist": before}
@@ -171,15 +191,15 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     for path in PUBLISHED.glob("bench.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     readme.write_text(f"before\n{report._BEGIN}old\n{report._END}after\n", encoding="utf-8")
-    report.publish(source, tmp_path / "published", readme)
+    report.publish(source, tmp_path / "book" / "published", readme)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert report.readme_headline(PUBLISHED) in text
-    assert (tmp_path / "published" / "params.yaml").exists()
-    made = json.loads((tmp_path / "published" / "headline.json").read_text(encoding="utf-8"))["tables"]
+    assert (tmp_path / "book" / "published" / "params.yaml").exists()
+    made = json.loads((tmp_path / "book" / "published" / "headline.json").read_text(encoding="utf-8"))["tables"]
     (line,) = made["profiles"]["rows"]  # one profile was run there: this one
     assert line[2:] == made["times"]["rows"][-1][1:] and float(line[3]) > 0
-    report.write_headline(tmp_path / "published", tmp_path / "again")  # and the stored run keeps it
+    report.write_headline(tmp_path / "book" / "published", tmp_path / "again")  # and the stored run keeps it
     again = json.loads((tmp_path / "again" / "headline.json").read_text(encoding="utf-8"))["tables"]
     assert again["profiles"] == made["profiles"]
-    assert not list((tmp_path / "published").glob("*.stamp.json"))
+    assert not list((tmp_path / "book" / "published").glob("*.stamp.json"))

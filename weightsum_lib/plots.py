@@ -102,9 +102,10 @@ def unmet(rows: Sequence[dict], first: str, second: str, titles: Mapping[str, st
             f"other_{name}": ("control: the other network, alone", CONTROL, "D", False),
         }
         _dumbbells(axes, rows, columns, [r["method"] for r in rows])
-        axes.set(title=f"on {titles[name]} (other: θ of {titles[other]})", xlabel=f"test accuracy (%), {_n(rows)}")
+        axes.set(title=f"on {titles[name]} (other: θ of {titles[other]})")
         axes.title.set_fontweight("normal")
     figure.legend(*both[0].get_legend_handles_labels(), loc="upper right", bbox_to_anchor=(1, 0), ncol=3)
+    figure.text(0.01, 0, _n(rows), fontsize=10, va="top")
     return _message(figure, message)
 
 
@@ -370,7 +371,7 @@ def speed(rows: Sequence[dict], device: str) -> Figure:
             )
         axes.axvline(1, color="0.3", ls=":", lw=1)
         axes.set_yticks(range(len(shown)), [row["label"].replace("`", "") for row, _ in shown])
-        axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel="time of a step / floor", title=setting)
+        axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel="time of a step / floor", title=setting.partition(", ")[2])
         axes.title.set(fontweight="normal", fontsize=10)
         axes.margins(x=0.18)
         axes.grid(axis="y", visible=False)

@@ -176,7 +176,11 @@ def finding_transfer(
         return ", ".join(f"{format_interval(row[f'kept_{n}'])} % of {title}" for n, title in names.items())
 
     def targets(row, names, wanted):
-        missed = [title for n, title in names.items() if row[f"kept_{n}"]["mean"] < wanted]
+        missed = []
+        for n, title in names.items():
+            short = wanted - row[f"kept_{n}"]["mean"]
+            if short > 0:
+                missed.append(title + (" (inside its interval)" if short <= (row[f"kept_{n}"]["half"] or 0) else ""))
         return f"the aim of {wanted:g} % is " + (f"missed on {' and '.join(missed)}" if missed else "reached on all")
 
     last = list(all_titles.values())[-1]
