@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from weightsum_lib import bench, report
+from weightsum_lib import bench, run
 
 TINY = bench.Setting("vgg8", 1 / 16, 16, torch.device("cpu"), "float32", rounds=2, dropout=0.0)
 
@@ -44,9 +44,8 @@ def test_a_measurement_is_written_for_the_report(tmp_path):
     seconds = {row["way"]: row["seconds"] for row in saved["steps"]}
     assert f"takes {seconds['ours'] / seconds['floor']:.2f} times as long" in saved["values"]["finding"]
     # the report takes what was measured here, else what was published
-    folder, published = tmp_path / "results" / "quick", tmp_path / "published"
-    assert all(path.exists() and path.parent == folder.parent for path in report.bench_files(folder, published))
-    assert report.bench_files(tmp_path / "elsewhere" / "quick", published)[0].parent == published
+    assert all(p.exists() and p.parent == tmp_path / "results" for p in run.bench_files(tmp_path / "results" / "quick"))
+    assert all(p.exists() and p.parent == run.PUBLISHED for p in run.bench_files(tmp_path / "elsewhere" / "quick"))
 
 
 def test_a_missing_gpu_is_said(monkeypatch, capsys):

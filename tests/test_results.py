@@ -187,11 +187,9 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     source.mkdir()
     for path in PUBLISHED.glob("[0-9]*"):
         (source / path.name).write_bytes(path.read_bytes())
-    (source / "01_mnist_cifar10.stamp.json").write_text("{}")
-    for path in PUBLISHED.glob("bench.*"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    files = [*source.iterdir(), *PUBLISHED.glob("bench.*")]
     readme.write_text(f"before\n{report._BEGIN}old\n{report._END}after\n", encoding="utf-8")
-    report.publish(source, tmp_path / "book" / "published", readme)
+    report.publish(files, source, tmp_path / "book" / "published", readme)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert report.readme_headline(PUBLISHED) in text
@@ -202,4 +200,3 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     report.write_headline(tmp_path / "book" / "published", tmp_path / "again")  # and the stored run keeps it
     again = json.loads((tmp_path / "again" / "headline.json").read_text(encoding="utf-8"))["tables"]
     assert again["profiles"] == made["profiles"]
-    assert not list((tmp_path / "book" / "published").glob("*.stamp.json"))

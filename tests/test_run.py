@@ -83,6 +83,12 @@ def test_progress_goes_to_the_terminal_and_not_into_the_notebooks(house):
         assert texts == []
 
 
+def test_what_is_published_is_notebooks_and_results_and_nothing_of_the_runners_own(house):
+    names = {path.name for path in run._made(house.results)}
+    assert names == {f"{name}.ipynb" for name in NOTEBOOKS} | {f"{name}.json" for name in NOTEBOOKS[1:]}
+    assert (house.results / f"{NOTEBOOKS[1]}.stamp.json").exists()
+
+
 def test_pages_load_nothing_from_elsewhere(house):
     loads = re.compile(
         r"""<(?:script|img|iframe)[^>]+src=["']?(?:https?:)?//|<link[^>]+href=["']?(?:https?:)?//[^>]*>"""

@@ -1,6 +1,7 @@
 """The front page's table, figure and provenance, from the results of all notebooks."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -145,32 +146,19 @@ def _profiles(folder: Path) -> dict:
     return {"columns": ["Profile", "Device", "Networks", "Training (minutes)", "Evaluation (minutes)"], "rows": rows}
 
 
-def bench_files(folder: Path, published: Path) -> list[Path]:
-    """What ``make bench`` measured: here if it has been run, else in the published run.
-
-    Args:
-        folder: a profile's results, beside which ``make bench`` writes its own.
-        published: ``book/published``.
-    """
-    beside = folder.parent if (folder.parent / "bench.json").exists() else published
-    return [beside / "bench.json", beside / "bench.png"]
-
-
-def publish(folder: Path, target: Path, readme: Path) -> None:
+def publish(files: Sequence[Path], folder: Path, target: Path, readme: Path) -> None:
     """Keep a finished run as the published one, and bring the README's headline up to date.
 
     Args:
-        folder: a profile's results.
+        files: what to keep: executed notebooks, their results, the measured speed.
+        folder: the profile's results.
         target: ``book/published``; what was there is replaced.
         readme: the README.
     """
     aside = target.with_name(f".{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for path in sorted(folder.glob("[0-9]*")):
-        if path.suffix == ".ipynb" or (path.suffix == ".json" and not path.name.endswith(".stamp.json")):
-            shutil.copyfile(path, aside / path.name)
-    for path in bench_files(folder, target):
+    for path in files:
         shutil.copyfile(path, aside / path.name)
     write_headline(folder, aside)
     params = cache.read_json(aside / "headline.json")["provenance"]["params"]

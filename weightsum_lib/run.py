@@ -232,8 +232,28 @@ def publish(p: Params) -> None:
         raise RunError(
             f"a published run is of one commit without changes, this is of {commits}; commit, and run it again"
         )
-    report.publish(folder, PUBLISHED, ROOT / "README.md")
+    report.publish([*_made(folder), *bench_files(folder)], folder, PUBLISHED, ROOT / "README.md")
     print(f"published: {PUBLISHED}, README.md")
+
+
+_NO_PAGES = {"_build", "published", "__pycache__"}  # in the book's folder
+
+
+def _made(folder: Path) -> list[Path]:
+    """The executed notebooks and the results of a profile."""
+    return sorted(
+        f for f in folder.glob("[0-9][0-9]_*") if f.suffix in (".ipynb", ".json") and ".stamp" not in f.suffixes
+    )
+
+
+def bench_files(folder: Path) -> list[Path]:
+    """What ``make bench`` measured, its numbers and its figure: here if it has been run, else in the published run.
+
+    Args:
+        folder: a profile's results, beside which ``make bench`` writes its own.
+    """
+    beside = folder.parent if (folder.parent / "bench.json").exists() else PUBLISHED
+    return [beside / "bench.json", beside / "bench.png"]
 
 
 def build_book(folder: Path) -> Path:
@@ -248,25 +268,26 @@ def build_book(folder: Path) -> Path:
     _check_executed(folder)
     html, stamp_file = BOOK / "_build" / "html", BOOK / "_build" / "stamp.json"
     with cache.lock(BOOK / "_build" / "build.lock"):
-        source = BOOK / "_build" / "source"
-        shutil.rmtree(source, ignore_errors=True)
-        shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns("_build", "published", "__pycache__"))
-        for kind, pattern in (("notebooks", "*.ipynb"), ("results", "*.json")):
-            (source / kind).mkdir()
-            for path in sorted(folder.glob(pattern)):
-                if not path.name.startswith(".") and not path.name.endswith(".stamp.json"):
-                    shutil.copyfile(path, source / kind / path.name)
-        from weightsum_lib import report
-
-        report.write_headline(folder, source / "results")
-        for path in report.bench_files(folder, PUBLISHED):
-            shutil.copyfile(path, source / "results" / path.name)
+        made, bench = _made(folder), bench_files(folder)
+        pages = [f for f in sorted(BOOK.rglob("*")) if f.is_file() and not _NO_PAGES & set(f.relative_to(BOOK).parts)]
+        others = [f for profile in sorted(folder.parent.iterdir()) if profile.is_dir() for f in _made(profile)]
+        kept = [f for f in [folder / "headline.json"] if f.exists()]
+        files = {os.path.relpath(f, ROOT): cache.file_sha256(f) for f in (*pages, *made, *bench, *others, *kept)}
         library = {path.name: path.read_text(encoding="utf-8") for path in sorted(cache.PACKAGE.glob("*.py"))}
-        files = {str(f.relative_to(source)): cache.file_sha256(f) for f in sorted(source.rglob("*")) if f.is_file()}
-        stamp = cache.content_key([files, library])
+        stamp = cache.content_key([str(folder), files, library])
         if stamp_file.exists() and (html / "index.html").exists() and cache.read_json(stamp_file)["stamp"] == stamp:
             print("book: up to date")
             return html / "index.html"
+        from weightsum_lib import report  # draws: too slow to load where there is nothing to do
+
+        source = BOOK / "_build" / "source"
+        shutil.rmtree(source, ignore_errors=True)
+        shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns(*_NO_PAGES))
+        for name in ("notebooks", "results"):
+            (source / name).mkdir()
+        for path in (*made, *bench):
+            shutil.copyfile(path, source / ("notebooks" if path.suffix == ".ipynb" else "results") / path.name)
+        report.write_headline(folder, source / "results")
         stamp_file.unlink(missing_ok=True)
         shutil.rmtree(html, ignore_errors=True)
         log = BOOK / "_build" / "build.log"
