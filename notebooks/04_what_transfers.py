@@ -96,11 +96,9 @@ results_dir = "results"
 device = "auto"
 
 # %% tags=["hide-input"]
-from dataclasses import replace
-
 from IPython.display import Markdown
 
-from weightsum_lib import evaluate, params, plots, results
+from weightsum_lib import draws, evaluate, params, plots, results
 from weightsum_lib.study import Study
 
 NOTEBOOK = "04_what_transfers"
@@ -161,10 +159,11 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # they have in common. k = 0 are disjoint keys, k = 1 a dense pair.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: test accuracy of the sum against the share of channels that the two networks have in common, with the accuracy before the sum, and lines for the control and for chance."}}
+recipe = draws.recipe_rows(study, RANDOM)
 for row in summary:
-    m, recipe = p.method(row["method"]), p.method(RANDOM)
+    m = p.method(row["method"])
     row["overlap"] = {"none": 1.0, "random": m.key_share, "disjoint": 0.0}[m.keys]
-    row["line"] = replace(m, key_share=1.0, wider=1.0, seeds=1) == replace(recipe, key_share=1.0, wider=1.0, seeds=1)
+    row["line"] = row["method"] in recipe and draws.size(study, row["method"]) == draws.size(study, RANDOM)
 overlapping = [row for row in summary if row["line"] or row["method"] in (BASELINE, TRAINED, DISJOINT)]
 controls = {name: by_method[RANDOM][f"other_{name}"]["mean"] for name in titles}
 swept = sorted((row["overlap"], row) for row in summary if row["line"])
@@ -176,6 +175,40 @@ plots.against_overlap(
     f"At k = {swept[0][0]:g} random keys keep {least[f'kept_{FIRST}']['mean']:.0f} % of {titles[FIRST]} and "
     f"{least[f'kept_{SECOND}']['mean']:.0f} % of {titles[SECOND]}",
 )
+
+# %% [markdown]
+# ## The luck of the draw
+#
+# A network under a key computes the same function wherever its channels lie. So the same two networks can be summed
+# again under fresh keys, nothing trained anew, and what the sum keeps varies with the channels that happen to collide:
+# in a narrow layer two or three may be enough. The tables above show one draw; here are ten for every pair of the
+# random-keys recipe.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. For each share k of random keys, one dot for what the sum keeps under each of ten draws of the keys, and their mean. The table below holds the means."}}
+redrawn = [row for m in recipe for row in draws.redrawn(study, m, FIRST, SECOND, SUPPORT)]
+redrawn_columns = [f"{kind}_{name}" for name in titles for kind in ("before", "after", "kept")]
+redrawn_summary = results.summarize(redrawn, ["method"], redrawn_columns)
+for row in redrawn_summary:
+    every = [x for r in redrawn if r["method"] == row["method"] for x in r[f"draws_{SECOND}"]]
+    row["least"], row["most"] = min(every), max(every)
+luck = next(row for row in redrawn_summary if row["method"] == RANDOM)
+plots.draws(
+    redrawn,
+    redrawn_summary,
+    titles,
+    f"The same networks keep {luck['least']:.0f} to {luck['most']:.0f} % of {titles[SECOND]} from draw to draw ({RANDOM})",
+)
+
+# %% tags=["hide-input"]
+redrawn_table = results.table(
+    redrawn_summary,
+    {
+        "method": f"Method (means of {draws.DRAWS} draws)",
+        **{f"{k}_{n}": f"{t} {k} (%)" for n, t in titles.items() for k in ("before", "after", "kept")},
+        "n": "n",
+    },
+)
+redrawn_table.style.hide(axis="index")
 
 # %% [markdown]
 # ## More than two
@@ -268,11 +301,15 @@ stranger, met = (
     next(r for r in three_summary if (r["method"], r["third"]) == (DISJOINT, f"met {whom}"))
     for whom in ("neither", "the images of both")
 )
-finding = results.finding_transfer(by_method[DISJOINT], by_method[RANDOM], least, stranger, met, titles, all_titles)
+# of the redrawn rows: the report's own, the one with the largest networks, the one with the least overlap
+sparse = min(recipe, key=lambda m: p.method(m).key_share)
+large = max(recipe, key=lambda m: (draws.size(study, m), -p.method(m).key_share))
+named = [row for row in redrawn_summary if row["method"] in (RANDOM, sparse, large)]
+finding = results.finding_transfer(by_method[DISJOINT], by_method[RANDOM], named, stranger, met, titles, all_titles)
 results.save(
     NOTEBOOK,
     study,
     {"finding": finding, **results.values_of(summary, columns)},
-    {**tables, "switches": switch_table, "three": three_table, "price": price_table},
+    {**tables, "switches": switch_table, "redrawn": redrawn_table, "three": three_table, "price": price_table},
 )
 Markdown(finding)

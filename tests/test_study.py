@@ -3,7 +3,7 @@ import os
 import pytest
 import torch
 
-from weightsum_lib import Study, WeightSum, accuracy, cache, evaluate, merging, normalize, params, plots, results
+from weightsum_lib import Study, WeightSum, accuracy, cache, draws, evaluate, merging, normalize, params, plots, results
 from weightsum_lib import study as study_module
 from weightsum_lib import train as train_module
 from weightsum_lib.params import ParamsError
@@ -225,6 +225,28 @@ def test_other_mergers_and_ceilings_have_a_row_each(tiny):
     inverted = study.dataset("svhn inverted")
     assert torch.equal(255 - inverted.test_images, study.dataset("svhn").test_images)
     assert inverted.training_digest != study.dataset("svhn").training_digest
+
+
+def test_redrawn_keys_move_the_networks_and_change_nothing_else(tiny):
+    parts = {
+        "other size": {**tiny.methods["random keys"], "wider": 2.0},
+        "other recipe": {**tiny.methods["random keys"], "quiet": 0.0},
+    }
+    study = Study(params.read("smoke", {**tiny.as_dict(), "parts": parts}))
+    assert draws.recipe_rows(study, "random keys") == ["random keys", "other size"]
+    assert draws.size(study, "other size") == 2 * draws.size(study, "random keys")
+    (row,) = draws.redrawn(study, "random keys", "mnist", "svhn", "cifar10")
+    unmet = evaluate.unmet_sums(study, "mnist", "svhn", "cifar10")
+    same = next(r for r in unmet if (r["method"], r["policy"]) == ("random keys", "union"))
+    for name in ("mnist", "svhn"):  # the first draw is that of the other tables
+        assert row[f"before_{name}"] == same[f"before_{name}"]
+        assert row[f"draws_{name}"][0] == 100 * same[f"after_{name}"] / same[f"before_{name}"]
+        assert len(row[f"draws_{name}"]) == draws.DRAWS and len(set(row[f"draws_{name}"])) > 1
+        assert row[f"kept_{name}"] == pytest.approx(100 * row[f"after_{name}"] / row[f"before_{name}"])
+    assert draws.redrawn(study, "random keys", "mnist", "svhn", "cifar10") == [row]
+    summary = results.summarize([row], ["method"], ["kept_mnist", "kept_svhn"])
+    figure = plots.draws([row], summary, {"mnist": "MNIST", "svhn": "SVHN"}, "message")
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["random keys (n = 1)"]
 
 
 def test_a_network_trained_alone_does_not_know_its_key(tiny):

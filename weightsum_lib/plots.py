@@ -309,6 +309,38 @@ def against_overlap(
     return _message(figure, message)
 
 
+def draws(rows: Sequence[dict], summary: Sequence[dict], titles: Mapping[str, str], message: str) -> Figure:
+    """What a sum of the same two networks keeps under one draw of the keys after another, a panel a task.
+
+    Args:
+        rows: dicts with ``method``, ``seed``, and ``draws_`` + dataset, a list of percents.
+        summary: summarized rows with ``method``, ``n``, and ``kept_`` + dataset.
+        titles: the two dataset names to their titles.
+        message: what the figure says.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(11, 1.4 + 0.55 * len(summary)), sharey=True)
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for y, line in enumerate(summary):
+            own = [row for row in rows if row["method"] == line["method"]]
+            for i, row in enumerate(own):
+                lower = y + 0.16 * (i - (len(own) - 1) / 2)  # a seed a line
+                axes.plot(
+                    row[f"draws_{name}"], [lower] * len(row[f"draws_{name}"]), _MARKERS[i % 8], color=BEFORE, ms=4,
+                    alpha=0.6, label="one draw (a line a seed)" if y == i == 0 else None,
+                )  # fmt: skip
+            kept = line[f"kept_{name}"]
+            axes.errorbar(
+                kept["mean"], y, xerr=kept["half"], fmt="D", ms=7, capsize=3, color=AFTER, zorder=3,
+                label="mean of all" if y == 0 else None,
+            )  # fmt: skip
+        axes.axvline(100, color="0.5", ls=":", lw=1)
+        axes.set(xlabel="kept: after / before (%)", title=f"on {title}", xlim=(0, 105), ylim=(len(summary) - 0.5, -0.5))
+        axes.title.set_fontweight("normal")
+    panels[0].set_yticks(range(len(summary)), [f"{row['method']} (n = {row['n']})" for row in summary])
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncol=2)
+    return _message(figure, message)
+
+
 def number_of_networks(rows: Sequence[dict], message: str) -> Figure:
     """What each task keeps when one network after another joins the sum, a panel a method.
 

@@ -158,14 +158,14 @@ def finding_unmet(rows: dict[str, dict], counted: dict[str, bool], titles: dict[
 
 
 def finding_transfer(
-    disjoint: dict, random: dict, sparsest: dict, three: dict, met: dict, titles: dict, all_titles: dict
+    disjoint: dict, random: dict, redrawn: Sequence[dict], three: dict, met: dict, titles: dict, all_titles: dict
 ) -> str:
     """Plain sentences on what lets networks that never met be summed.
 
     Args:
         disjoint: the summarized row of disjoint keys (``policy``, ``n``, and ``kept_`` + dataset).
         random: that of random keys.
-        sparsest: that of the random keys with the least overlap, with ``overlap``.
+        redrawn: rows of random keys whose ``kept_`` + dataset are means over draws of the keys, with ``method``.
         three: that of a sum of three under disjoint keys, none of which has met another.
         met: the same with a third network that has met the images of the two tasks.
         titles: the two datasets' names to their titles.
@@ -183,13 +183,14 @@ def finding_transfer(
                 missed.append(title + (" (inside its interval)" if short <= (row[f"kept_{n}"]["half"] or 0) else ""))
         return f"the aim of {wanted:g} % is " + (f"missed on {' and '.join(missed)}" if missed else "reached on all")
 
+    means = [f"{r['method']} {kept(r, titles)} (n = {r['n']}; {targets(r, titles, 98)})" for r in redrawn]
     last = list(all_titles.values())[-1]
     return (
         f"Under disjoint keys the state dicts are added, buffers and all, and the sum keeps {kept(disjoint, titles)} "
         f"(policy `{disjoint['policy']}`, n = {disjoint['n']}; {targets(disjoint, titles, 99.5)}). "
         f"Under random keys, with nothing agreed, it keeps {kept(random, titles)} (policy `{random['policy']}`, "
-        f"n = {random['n']}; {targets(random, titles, 98)}); with the least overlap tried, "
-        f"k = {sparsest['overlap']:g}, {kept(sparsest, titles)} (n = {sparsest['n']}). "
+        f"n = {random['n']}; {targets(random, titles, 98)}). "
+        f"Averaged over draws of the keys: {'; '.join(means)}. "
         f"Three networks under disjoint keys, none of which has met another, keep {kept(three, all_titles)} "
         f"(n = {three['n']}; {targets(three, all_titles, 98)}); with a {last} network that has "
         f"met the images of both tasks, {kept(met, all_titles)} (n = {met['n']}; {targets(met, all_titles, 98)})."
