@@ -274,8 +274,8 @@ plots.number_of_networks(
 # ## The price
 #
 # A network under a key of share k is a network of k times the width, and quietness takes some of its capacity. Here is
-# what each network does alone, before any sum, against a dense one of the sum's full width and one of its own size, both
-# trained alone for as many steps (own training task's statistics).
+# what each network does alone, before any sum, against a dense one of full width (that of `independent`) and one of its
+# own size, both trained alone for as many steps (own training task's statistics).
 
 # %% tags=["hide-input"]
 price = results.price(rows, {m: evaluate.same_size_alone(study, m) for m in switches}, BASELINE, list(titles))
@@ -301,10 +301,9 @@ stranger, met = (
     next(r for r in three_summary if (r["method"], r["third"]) == (DISJOINT, f"met {whom}"))
     for whom in ("neither", "the images of both")
 )
-# of the redrawn rows: the report's own, the one with the largest networks, the one with the least overlap
-sparse = min(recipe, key=lambda m: p.method(m).key_share)
-large = max(recipe, key=lambda m: (draws.size(study, m), -p.method(m).key_share))
-named = [row for row in redrawn_summary if row["method"] in (RANDOM, sparse, large)]
+# of the redrawn rows: those of the other pages, and the one with the largest networks
+largest = max(recipe, key=lambda m: (draws.size(study, m), -p.method(m).key_share))
+named = [row for row in redrawn_summary if row["method"] in (RANDOM, results.SPARSE, largest)]
 finding = results.finding_transfer(by_method[DISJOINT], by_method[RANDOM], named, stranger, met, titles, all_titles)
 results.save(
     NOTEBOOK,

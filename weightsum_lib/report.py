@@ -95,6 +95,7 @@ _ANSWERS = (  # the two networks, the tasks that tested them, the row
     ("trained to be added", ("Task 1", "Task 2"), TRAINED),
     ("that never met, each trained to be added to another", ("Task 3",), TRAINED),
     ("that never met, with random keys", ("Task 3",), RANDOM),
+    ("that never met, with random keys in a sum four times as wide", ("Task 3",), results.SPARSE),
     ("that never met, with disjoint keys", ("Task 3",), DISJOINT),
 )
 

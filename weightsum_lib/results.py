@@ -14,6 +14,7 @@ from weightsum_lib.params import DATASETS
 
 KEEPS = "keeps the skill"
 CHANCE = 10.0  # percent, ten classes
+SPARSE = "random keys 1/16"  # the recipe of random keys in a wider sum: a row that only some profiles have
 
 
 def interval(values: Sequence[float]) -> dict:
