@@ -30,14 +30,14 @@ def size(study: Study, method: str) -> float:
 
 
 def redrawn(study: Study, method: str, first: str, second: str, support: str) -> list[dict]:
-    """θ_first + θ_second, never trained together, under :data:`DRAWS` draws of their random keys.
+    """θ_first + θ_second, never trained together, under ``DRAWS`` draws of their random keys.
 
     A network under a key computes the same function wherever its channels lie, so every draw is as good a sum of
     these two networks as the first. Policy ``union``.
 
     Returns:
-        one dict a seed, in percent of test images: ``before_`` + dataset; ``after_`` and ``kept_`` + dataset, means
-        over the draws; ``draws_`` + dataset, what each draw keeps.
+        one dict a seed, in percent of test images. ``before``; ``after`` and ``kept``, means over the draws;
+        ``draws``, what each draw keeps. Keys end in the dataset's name.
     """
     both, rows = (first, second), []
     for seed in study.params.seeds_of(method):
