@@ -88,7 +88,7 @@ def test_an_aim_is_missed_by_more_than_the_interval_or_the_report_says_so():
     )  # fmt: skip
     assert "the aim of 99.5 % is missed on SVHN (inside its interval))" in text
     assert "the aim of 98 % is missed on SVHN)" in text and "the aim of 98 % is reached on all" in text
-    assert "draws of the keys: sparse 100.0\xa0±\xa00.0 % of MNIST, 50.5\xa0±\xa06.4 % of SVHN (n = 2;" in text
+    assert "averaged over several: `sparse` 100.0\xa0±\xa00.0 % of MNIST, 50.5\xa0±\xa06.4 % of SVHN (n = 2)." in text
 
 
 def test_the_price_is_what_a_twin_of_the_same_seed_can_do_more():

@@ -334,7 +334,7 @@ def draws(rows: Sequence[dict], summary: Sequence[dict], titles: Mapping[str, st
                 label="mean of all" if y == 0 else None,
             )  # fmt: skip
         axes.axvline(100, color="0.5", ls=":", lw=1)
-        axes.set(xlabel="kept: after / before (%)", title=f"on {title}", xlim=(0, None), ylim=(len(summary) - 0.5, -0.5))
+        axes.set(xlabel="kept: after / before (%)", title=f"on {title}", ylim=(len(summary) - 0.5, -0.5))
         axes.title.set_fontweight("normal")
     panels[0].set_yticks(range(len(summary)), [f"{row['method']} (n = {row['n']})" for row in summary])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, 0), ncol=2)

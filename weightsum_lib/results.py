@@ -184,14 +184,14 @@ def finding_transfer(
                 missed.append(title + (" (inside its interval)" if short <= (row[f"kept_{n}"]["half"] or 0) else ""))
         return f"the aim of {wanted:g} % is " + (f"missed on {' and '.join(missed)}" if missed else "reached on all")
 
-    means = [f"{r['method']} {kept(r, titles)} (n = {r['n']}; {targets(r, titles, 98)})" for r in redrawn]
+    means = [f"`{r['method']}` {kept(r, titles)} (n = {r['n']})" for r in redrawn]
     last = list(all_titles.values())[-1]
     return (
         f"Under disjoint keys the state dicts are added, buffers and all, and the sum keeps {kept(disjoint, titles)} "
         f"(policy `{disjoint['policy']}`, n = {disjoint['n']}; {targets(disjoint, titles, 99.5)}). "
         f"Under random keys, with nothing agreed, it keeps {kept(random, titles)} (policy `{random['policy']}`, "
         f"n = {random['n']}; {targets(random, titles, 98)}). "
-        f"Averaged over draws of the keys: {'; '.join(means)}. "
+        f"That is one draw of the keys; averaged over several: {'; '.join(means)}. "
         f"Three networks under disjoint keys, none of which has met another, keep {kept(three, all_titles)} "
         f"(n = {three['n']}; {targets(three, all_titles, 98)}); with a {last} network that has "
         f"met the images of both tasks, {kept(met, all_titles)} (n = {met['n']}; {targets(met, all_titles, 98)})."
