@@ -27,7 +27,7 @@ help:  ## Print this help.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PROFILE   smoke: seconds, for tests; quick (default): a laptop; hour: the same with"
-	@echo "            intervals and ablations, an hour of two cores; full: one GPU, real data only;"
+	@echo "            intervals and ablations, an hour of training on two cores; full: one GPU, real data only;"
 	@echo "            published: the stored run of the report, for 'make book' only"
 	@echo "  DATA_DIR  folder of the prepared datasets (default: data)"
 	@echo "  SEEDS     seeds of each method, for intervals"
