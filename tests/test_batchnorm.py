@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from weightsum_lib import WeightSum, normalize, recalibrate, vgg8
+from weightsum_lib.batchnorm import var_mean
 
 
 def test_statistics_are_exactly_those_of_the_images(images):
@@ -45,3 +46,15 @@ def test_on_a_sum_only_the_sum_changes(images):
 def test_one_image_has_no_variance(images):
     with pytest.raises(ValueError, match="two images or more, got 1"):
         recalibrate(vgg8(width=1 / 16), normalize(images[:1]))
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (7, 5, 4, 4), (2, 5)])
+@pytest.mark.parametrize("piece", [1, 200, 2**19])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_in_pieces_are_those_of_the_whole(shape, piece, dtype):
+    x = (100 + torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    dims = [0, *range(2, x.ndim)]
+    variance, mean = torch.var_mean(x.double(), dims)
+    found = var_mean(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x, piece)
+    torch.testing.assert_close(found[0], variance, rtol=1e-4, atol=0)
+    torch.testing.assert_close(found[1], mean, rtol=1e-6, atol=0)
