@@ -94,6 +94,7 @@ allow_standin = ["mnist", "cifar10", "svhn"]
 data_dir = ""
 results_dir = "results"
 device = "auto"
+networks_at_once = 1
 
 # %% tags=["hide-input"]
 from IPython.display import Markdown

@@ -63,6 +63,44 @@ def test_fine_tuning_from_the_sum_trains_its_parents_first(tiny, lines):
     ]
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_networks_trained_at_once_are_those_trained_one_by_one(tiny, tmp_path, lines, two_threads):
+    study = Study(params.read("smoke", {**tiny.as_dict(), "networks_at_once": 0}))
+    configs = [
+        study.config("sequential", "mnist", "cifar10", start="sum"),
+        study.config("sequential", "mnist", "cifar10", start="main"),
+        study.config("random keys", "mnist", "cifar10"),
+    ]
+    together = study.train_all(configs)
+    said = lines()
+    assert len(said) == 5 and ["sequential" in line for line in said] == [False] * 3 + [True] * 2  # parents first
+    assert "run 5/5" in said[-1] and " | all 1 epochs " in said[-1] and said[-1].endswith("0.0 min left")
+    torch.set_num_threads(1)
+    alone = Study(params.read("smoke", {**tiny.as_dict(), "results_dir": str(tmp_path / "alone")})).train_all(configs)
+    for a, b in zip(together, alone, strict=True):
+        for role in a.networks:
+            for p, q in zip(a.networks[role].parameters(), b.networks[role].parameters(), strict=True):
+                assert torch.equal(p, q)
+
+
+def test_what_goes_wrong_in_a_worker_is_said(tiny, two_threads, monkeypatch):
+    study = Study(params.read("smoke", {**tiny.as_dict(), "networks_at_once": 2, "learning_rate": 1e30}))
+    configs = [study.config("independent", name) for name in ("mnist", "cifar10")]
+    with pytest.raises(FloatingPointError, match=r"independent .* the loss is not finite in epoch 1; lower learning"):
+        study.train_all(configs)
+    monkeypatch.setattr(study_module, "_TRAINING_CODE", "edited since")
+    with pytest.raises(RuntimeError, match="was edited while it ran"):
+        study.train_all(configs)
+    assert not list(study.results.glob("runs/*/run.json"))
+
+
 def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):
     monkeypatch.delenv(study_module.PROGRESS_VARIABLE, raising=False)
     study_module.report_progress("a line")

@@ -127,6 +127,9 @@ class Params:
     data_dir: str = _knob("folder of the prepared datasets; empty: neither files nor downloads")
     results_dir: str = _knob("folder of trained networks and results")
     device: str = _knob("where to compute", *_one_of("auto", "cpu", "cuda"))
+    networks_at_once: int = _knob(
+        "networks that are trained at once on a CPU; 0: one a core, at most four", _not_negative, "≥ 0"
+    )
 
     def method(self, label: str) -> Method:
         """The switches of a row of ``methods`` or ``parts``."""

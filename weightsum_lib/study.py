@@ -3,12 +3,14 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import joblib
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from weightsum_lib import cache, data
 from weightsum_lib.params import DATASETS, Params, ParamsError
@@ -17,6 +19,7 @@ from weightsum_lib.train import Run, RunConfig, build, train
 # Read when they are imported: what is edited while they run is not what has run.
 _TRAINING_CODE = cache.source_digest("train")
 _MEASURING_CODE = cache.source_digest("evaluate")
+_MOST_AT_ONCE = 4  # a worker takes about a gigabyte
 PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # a file to which progress lines go, so that a notebook stays clean
 
 
@@ -148,44 +151,49 @@ class Study:
         return self.results / "runs" / cache.content_key(key)
 
     def run(self, config: RunConfig) -> Run:
-        """The finished run: from the cache, or trained now (one process at a time, resumable after each epoch)."""
+        """The finished run: from the cache, or trained now (see :meth:`train_all`)."""
         return self.train_all([config])[0]
 
     def train_all(self, configs: Sequence[RunConfig]) -> list[Run]:
-        """Finish several runs, with one line an epoch and an estimate of the time left for all of them."""
+        """Finish several runs, with an estimate of the time left for all of them.
+
+        One study trains at a time; a killed one goes on after the last finished epoch of each run. On a CPU
+        ``networks_at_once`` processes share the cores.
+        """
         queue = list(dict.fromkeys(c for config in configs for c in (*self._parents(config), config)))
         folders = {config: self._folder(config) for config in queue}
-        missing = [c for c in queue if not (folders[c] / "run.json").exists()]
-        work = {c: c.passes * c.trained_epochs for c in missing}
-        progress = _Progress(sum(work.values()), len(missing))
-        for config in missing:
+        if any(map(_is_missing, folders.values())):
             with cache.lock(self.results / "training.lock"):
-                if not (folders[config] / "run.json").exists():  # another process may have been faster
-                    self._train(config, folders[config], progress)
+                self._train([c for c in queue if _is_missing(folders[c])], folders)
         return [self._load(config, folders[config]) for config in configs]
 
-    def _train(self, config: RunConfig, folder: Path, progress: "_Progress") -> None:
-        progress.next(config)
-        names = [name for name in (config.main, config.support) if name]
-        parents = [run.networks["main"] for run in map(self.run, self._parents(config))]
-        folder.mkdir(parents=True, exist_ok=True)
-        run = train(
-            config,
-            {name: self.dataset(name) for name in names},
-            start=parents,
-            checkpoint=folder / "checkpoint.safetensors",
-            on_epoch=progress.epoch,
-        )
-        tensors = {f"{r}/{k}": v.contiguous() for r, n in run.networks.items() for k, v in n.state_dict().items()}
-        with cache.replaced(folder / "networks.safetensors") as temporary:
-            save_file(tensors, temporary)
-        content = {
-            "config": asdict(config),
-            "data": {name: self.dataset(name).describe() for name in names},
-            "history": run.history,
-            "checksum": cache.file_sha256(folder / "networks.safetensors"),
-        }
-        cache.write_json(folder / "run.json", content)
+    def _train(self, missing: Sequence[RunConfig], folders: Mapping[RunConfig, Path]) -> None:
+        progress = _Progress(missing)
+        while missing:
+            ready = [c for c in missing if not any(map(_is_missing, map(self._folder, self._parents(c))))]
+            workers = min(len(ready), self._at_once())
+            if workers > 1:
+                threads = torch.get_num_threads() // workers
+                jobs = (joblib.delayed(_train_in_worker)(_TRAINING_CODE, workers, threads, self._job(c)) for c in ready)
+                for config, history in joblib.Parallel(n_jobs=workers, return_as="generator_unordered")(jobs):
+                    progress.next(config)
+                    progress.run(history)
+            else:
+                for config in ready:
+                    progress.next(config)
+                    _train_into(*self._job(config), on_epoch=progress.epoch)
+            missing = [c for c in missing if _is_missing(folders[c])]
+
+    def _at_once(self) -> int:
+        """How many networks are trained at once."""
+        if self.device.type != "cpu":
+            return 1
+        return min(torch.get_num_threads(), self.params.networks_at_once or _MOST_AT_ONCE)
+
+    def _job(self, config: RunConfig) -> tuple[Path, RunConfig, dict[str, data.Dataset], list[nn.Module]]:
+        """What :func:`_train_into` needs for a run whose parents are finished."""
+        parents = [self._load(c, self._folder(c)).networks["main"] for c in self._parents(config)]
+        return self._folder(config), config, {n: self.dataset(n) for n in (config.main, config.support) if n}, parents
 
     def _load(self, config: RunConfig, folder: Path) -> Run:
         if folder.name not in self._runs:
@@ -233,24 +241,69 @@ class Study:
         return content["value"]
 
 
+def _is_missing(folder: Path) -> bool:
+    return not (folder / "run.json").exists()
+
+
+def _train_into(
+    folder: Path,
+    config: RunConfig,
+    datasets: Mapping[str, data.Dataset],
+    parents: Sequence[nn.Module],
+    on_epoch: Callable[[dict], None] = lambda row: None,
+    at_once: int = 1,
+) -> list[dict]:
+    """Train a run and keep it in its folder; returns its history, in which a second is one of the whole machine."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = train(config, datasets, start=parents, checkpoint=folder / "checkpoint.safetensors", on_epoch=on_epoch)
+    history = [{**row, "seconds": row["seconds"] / at_once} for row in run.history]
+    tensors = {f"{r}/{k}": v.contiguous() for r, n in run.networks.items() for k, v in n.state_dict().items()}
+    with cache.replaced(folder / "networks.safetensors") as temporary:
+        save_file(tensors, temporary)
+    content = {
+        "config": asdict(config),
+        "data": {name: dataset.describe() for name, dataset in datasets.items()},
+        "history": history,
+        "checksum": cache.file_sha256(folder / "networks.safetensors"),
+    }
+    cache.write_json(folder / "run.json", content)
+    return history
+
+
+def _train_in_worker(code: str, workers: int, threads: int, job: tuple) -> tuple[RunConfig, list[dict]]:
+    """Train one of the runs that share the cores, in a process of its own."""
+    if code != _TRAINING_CODE:
+        raise RuntimeError("weightsum_lib was edited while it ran, so its workers have other code; start it again")
+    torch.set_num_threads(threads)
+    return job[1], _train_into(*job, at_once=workers)
+
+
 class _Progress:
     """Lines for the terminal: where a queue of runs stands, and how long the rest will take."""
 
-    def __init__(self, total: int, runs: int):
-        self.total, self.runs, self.started = total, runs, time.perf_counter()
-        self.done = self.number = 0
-        self.config = None
+    def __init__(self, runs: Sequence[RunConfig]):
+        self.total, self.runs = sum(c.passes * c.trained_epochs for c in runs), len(runs)
+        self.started, self.done, self.number, self.config = time.perf_counter(), 0, 0, None
 
     def next(self, config: RunConfig) -> None:
+        """A run begins, or one of several at once has ended."""
         self.number, self.config = self.number + 1, config
 
     def epoch(self, row: dict) -> None:
-        self.done += self.config.passes
+        """An epoch has ended."""
+        self._say(row, 1, f"epoch {row['epoch']}/{self.config.trained_epochs}")
+
+    def run(self, history: Sequence[dict]) -> None:
+        """A whole run has ended."""
+        row = history[-1] | {"seconds": sum(row["seconds"] for row in history)}
+        self._say(row, len(history), f"all {len(history)} epochs")
+
+    def _say(self, row: dict, epochs: int, what: str) -> None:
+        self.done += self.config.passes * epochs
         left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
         losses = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
         values = " ".join(f"{k.removeprefix('val_')} {v:.1f}" for k, v in row.items() if k.startswith("val_"))
         report_progress(
-            f"run {self.number}/{self.runs} {self.config.describe()} | "
-            f"epoch {row['epoch']}/{self.config.trained_epochs} {row['seconds']:.0f} s | "
+            f"run {self.number}/{self.runs} {self.config.describe()} | {what} {row['seconds']:.0f} s | "
             f"loss {losses} | validation % {values} | about {max(left, 0) / 60:.1f} min left"
         )
