@@ -3,8 +3,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightsum_lib import WeightSum, compare_layers, normalize, vgg8
+from weightsum_lib.keys import deal, hidden_sizes
 from weightsum_lib.train import autocast
 
 
@@ -115,3 +117,29 @@ def test_compare_layers_gives_norm_ratio_and_cosine():
     assert rows["conv1_1"]["norm_ratio"] == pytest.approx(0.5)
     assert rows["conv1_1"]["cosine"] == pytest.approx(-1)
     assert rows["fc1"]["norm_ratio"] == pytest.approx(1) and rows["fc1"]["cosine"] == pytest.approx(1)
+
+
+class _Copies(TorchDispatchMode):
+    """Counts the tensors that go from the host to another device."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.device.type == "meta":
+            self.count += any(isinstance(a, torch.Tensor) and a.device.type == "cpu" for a in args)
+        return out
+
+
+def test_a_keyed_sum_copies_its_keys_to_the_device_once_not_once_a_step():
+    """On a GPU each such copy can make the host wait; the device here only knows shapes."""
+    with torch.device("meta"):
+        networks, x = [vgg8(width=1 / 16).train() for _ in range(2)], torch.empty(4, 3, 32, 32)
+    small = hidden_sizes(networks[0])
+    wide = {layer: 2 * size for layer, size in small.items()}
+    with _Copies() as given:
+        total = WeightSum(networks, keys=[deal(small, wide, i) for i in (0, 1)])
+    assert given.count > 0
+    with _Copies() as used:
+        total(x).sum().backward()
+    assert used.count == 0

@@ -25,6 +25,10 @@ class Key:
     positions: dict[str, Tensor]
     sizes: dict[str, int]
 
+    def to(self, device: torch.device) -> "Key":
+        """The same key on a device. The host does not wait for the copies."""
+        return Key({n: p.to(device, non_blocking=True) for n, p in self.positions.items()}, self.sizes)
+
 
 def channel_axes(network: nn.Module) -> dict[str, list[tuple[int, str, int]]]:
     """Which axes of which tensors run over hidden channels.

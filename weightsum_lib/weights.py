@@ -93,7 +93,8 @@ class WeightSum(nn.Module):
         for key in keys or ():
             if key.sizes != keys[0].sizes:
                 raise ValueError(f"keys of one sum are for one wide network, got {keys[0].sizes} and {key.sizes}")
-        self.keys = keys
+        device = next(self.networks.parameters()).device
+        self.keys = [key.to(device) for key in keys] if keys else None  # once, not for each tensor of each step
         for name, module in self.body.named_modules():
             if isinstance(module, _BatchNorm):
                 if keys:
