@@ -26,6 +26,7 @@ POLICIES = {
     "summed": "the networks' statistics added, as state dicts are; wrong wherever two networks share a channel",
     "batch": "the test batch's own, all of one task; needs many test images at once and presumes their task",
 }
+_BATCH = 500  # test images whose own statistics the policy "batch" uses
 Member = tuple[nn.Module, Key | None]  # a network of a sum, and where its channels lie
 
 
@@ -95,7 +96,8 @@ def _tested(study: Study, network: nn.Module, policy: str, tasks: Sequence[str],
         if calibrated is None or policy == "per_task":
             calibrated = under_policy(study, network, policy, tasks, name)
         dataset = study.dataset(name)
-        right = count_correct(calibrated, dataset.test_images, dataset.test_labels, study.precision)
+        batch = _BATCH if policy == "batch" else None
+        right = count_correct(calibrated, dataset.test_images, dataset.test_labels, study.precision, batch)
         out.append(100 * right / len(dataset.test_labels))
     return out
 
@@ -178,15 +180,7 @@ def before_after(study: Study, main: str, support: str) -> list[dict]:
                     study, "fine-tuned", [config], (main, support), lambda c=config: _fine_tuned_row(study, c)
                 )
         else:
-            rows.append({"method": method, "seed": seed})
-            rows[-1] |= _measure(
-                study,
-                "pair",
-                list(configs.values()),
-                (main, support),
-                lambda m=method, s=seed: _pair_row(study, m, main, support, s),
-                keys=_keys(study, method),
-            )
+            rows.append({"method": method, "seed": seed, **_pair_row(study, method, main, support, seed)})
     return rows
 
 
@@ -200,18 +194,24 @@ def _keys(study: Study, method: str) -> list:
 
 
 def _pair_row(study, method, main, support, seed) -> dict:
-    members = pair_members(study, method, main, support, seed)
-    networks = (members[0][0], members[1][0], total_of(members))
-    (before, _), (on_main, support_before), (after, support_after) = (
-        _tested(study, network, "per_task", (), (main, support)) for network in networks
-    )
-    return {
-        "before": before,
-        "after": after,
-        "support_before": support_before,
-        "support_after": support_after,
-        "support_on_main": on_main,
-    }
+    """A pair and its sum, each on statistics of the tested task."""
+
+    def compute():
+        members = pair_members(study, method, main, support, seed)
+        networks = (members[0][0], members[1][0], total_of(members))
+        (before, _), (on_main, support_before), (after, support_after) = (
+            _tested(study, network, "per_task", (), (main, support)) for network in networks
+        )
+        return {
+            "before": before,
+            "after": after,
+            "support_before": support_before,
+            "support_after": support_after,
+            "support_on_main": on_main,
+        }
+
+    configs = list(pair_configs(study, method, main, support, seed).values())
+    return _measure(study, "pair", configs, (main, support), compute, keys=_keys(study, method))
 
 
 def _fine_tuned_row(study, config: RunConfig) -> dict:
@@ -233,10 +233,11 @@ def pair_policies(study: Study, main: str, support: str) -> list[dict]:
     """
     rows = []
     for method, seed in _summed_rows(study):
+        others = [policy for policy in _policies(study, method) if policy != "per_task"]
 
-        def compute(method=method, seed=seed):
+        def compute(method=method, seed=seed, others=others):
             members, out = pair_members(study, method, main, support, seed), []
-            for policy in _policies(study, method):
+            for policy in others:
                 of_main, of_sum = (
                     _tested(study, n, policy, (main, support), (main,)) for n in (members[0][0], total_of(members))
                 )
@@ -245,6 +246,9 @@ def pair_policies(study: Study, main: str, support: str) -> list[dict]:
 
         configs = list(pair_configs(study, method, main, support, seed).values())
         found = _measure(study, "pair policies", configs, (main, support), compute, keys=_keys(study, method))
+        pair = _pair_row(study, method, main, support, seed)  # measured before, under the policy that is left
+        found.append({"policy": "per_task", "before": pair["before"], "after": pair["after"]})
+        found.sort(key=lambda row: list(POLICIES).index(row["policy"]))
         rows += [{"method": method, "seed": seed, **row} for row in found]
     return rows
 
@@ -360,10 +364,14 @@ def _unmet_rows(study, method, seed, first, second, support) -> list[dict]:
     renaming = torch.arange(10).roll(1 + seed % 9)
     renamed = total_of([members[0], (merging.relabelled(b, renaming), key)])
     for policy in _policies(study, method):
-        of_a, of_b, of_sum = (_tested(study, n, policy, both, both) for n in (a, b, total_of(members)))
-        row = {f"before_{first}": of_a[0], f"before_{second}": of_b[1]}
+        compared = policy in ("union", "owner")
+        of_a, of_b = (
+            _tested(study, n, policy, both, both if compared else (t,)) for n, t in zip((a, b), both, strict=True)
+        )
+        of_sum = _tested(study, total_of(members), policy, both, both)
+        row = {f"before_{first}": of_a[0], f"before_{second}": of_b[-1]}
         row |= {f"after_{name}": value for name, value in zip(both, of_sum, strict=True)}
-        if policy in ("union", "owner"):
+        if compared:
             row |= {f"other_{first}": of_b[0], f"other_{second}": of_a[1]}
             of_ensemble = _tested(study, merging.Ensemble([a, b]), policy, both, both)
             row |= {f"ensemble_{name}": value for name, value in zip(both, of_ensemble, strict=True)}

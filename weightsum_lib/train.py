@@ -295,7 +295,7 @@ def _equalize_norms(networks: Mapping[str, nn.Module]) -> None:
 
 
 @torch.no_grad()
-def count_correct(network: nn.Module, images: Tensor, labels: Tensor, precision: str, batch: int = 500) -> int:
+def count_correct(network: nn.Module, images: Tensor, labels: Tensor, precision: str, batch: int | None = None) -> int:
     """Images that a network in evaluation mode puts into the right class.
 
     Args:
@@ -303,8 +303,9 @@ def count_correct(network: nn.Module, images: Tensor, labels: Tensor, precision:
         images: uint8 (N, 3, 32, 32).
         labels: (N,) integers.
         precision: see :func:`autocast`.
-        batch: images at a time.
+        batch: images at a time; by default on a CPU few, so that what lies between two layers fits into its cache.
     """
+    batch = batch or (100 if images.device.type == "cpu" else 500)
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
     with autocast(precision, images.device):
         for x, y in zip(images.split(batch), labels.split(batch), strict=True):
