@@ -3,296 +3,167 @@
 import argparse
 import ctypes
 import gc
+import multiprocessing
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils.data import DataLoader
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 
 from weightsum_lib import cache, params, plots, results
 from weightsum_lib.batchnorm import recalibrate
-from weightsum_lib.data import Dataset
 from weightsum_lib.models import normalize
+from weightsum_lib.steps import Bench, Setting, random_dataset
 from weightsum_lib.study import pick_device, pick_precision
-from weightsum_lib.train import _MAX_GRADIENT, RunConfig, _Batches, _step_losses, autocast, build, count_correct
+from weightsum_lib.train import autocast, build, count_correct
 from weightsum_lib.weights import WeightSum
 
 _TESTED_IMAGES = 10_000
+_LEAST_ROUNDS = 3
+_AHEAD = 6  # steps after which a loader has no more ready than it will have
 _LABELS = {  # what a row is called in the report
     "plain": "one plain step of one network",
     "floor": "floor: three passes, two optimisers",
     "ours": "three-term step",
     "ours_fed": "three-term step and its batches",
+    "compiled": "three-term step, compiled",
+    "graphed": "three-term step, compiled, CUDA graphs",
     "functional": "`functional_call` on added weights",
     "static": "third module, filled by `_foreach_add`",
     "obvious": "the obvious way, float32",
     "obvious_fed": "the obvious way and its loader",
 }
+_GPU_ONLY = ("compiled", "graphed")  # on a CPU a compiled step gains nothing and takes a minute to compile
+_SEVERAL = {
+    "in_turn": "one pair after another",
+    "processes": "a process each, with its share of the cores",
+    "streams": "a CUDA stream each",
+    "stacked": "stacked, `vmap`",
+}
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What one table of steps is measured with; ``rounds`` is how often."""
-
-    arch: str
-    width: float
-    batch_size: int
-    device: torch.device
-    precision: str
-    rounds: int = 10
-    dropout: float = 0.25
-
-    @property
-    def config(self) -> RunConfig:
-        """A joint run of that size."""
-        shared = {k: getattr(self, k) for k in ("arch", "width", "batch_size", "precision", "dropout")}
-        return RunConfig("joint", "mnist", "cifar10", third="ce", learning_rate=1e-3, weight_decay=5e-4, **shared)
+def ways(device: torch.device) -> list[str]:
+    """The ways of making a step that are measured on a device, in the order of the table."""
+    return [way for way in _LABELS if device.type == "cuda" or way not in _GPU_ONLY]
 
 
-class Bench:
-    """Ways to make one step on a pair of networks, each on networks and an optimizer of its own.
+def step_rows(setting: Setting) -> list[dict]:
+    """Measure every way: those on a fixed batch in turns, those with a loader each for itself.
 
-    A way's method builds them and returns a function that makes one step, and the networks.
+    A ratio is the median of the ratios turn by turn, so that a machine that slows down for a while doesn't show in it.
     """
-
-    def __init__(self, setting: Setting):
-        self.setting, self.config, self.device = setting, setting.config, setting.device
-        self.data = {
-            name: _random_dataset(name, 20 * setting.batch_size).to(self.device) for name in self.config.roles.values()
+    bench, device = Bench(setting), setting.device
+    started, steps, memory, flops, seconds = time.perf_counter(), {}, {}, {}, {}
+    for name in ways(device):
+        base = _memory_now(device)
+        step, _ = getattr(bench, name)()
+        with FlopCounterMode(display=False) if name not in _GPU_ONLY else nullcontext() as counter:
+            step()  # the first one, which is slow
+        steps[name], memory[name], seconds[name] = step, _memory_peak(device) - base, []
+        flops[name] = flops["ours"] if name in _GPU_ONLY else counter.get_total_flops()
+    fed = [name for name in steps if name.endswith("_fed")]
+    for turn in range(setting.rounds):
+        order = [name for name in steps if name not in fed]
+        random.Random(turn).shuffle(order)
+        for name in order:
+            seconds[name].append(_seconds(steps[name], device))
+        if turn + 1 >= _LEAST_ROUNDS and time.perf_counter() - started > setting.budget:
+            break
+    for name in fed:  # a loader works ahead while others run: use that up first
+        times = [_seconds(steps[name], device) for _ in range(_AHEAD + len(seconds["floor"]))]
+        seconds[name] = times[_AHEAD:]
+    return [
+        {
+            "way": name,
+            "label": _LABELS[name],
+            "turns": times,
+            "seconds": statistics.median(times),
+            "quartiles": np.quantile(times, [0.25, 0.75]).tolist(),
+            "triplets_per_second": setting.batch_size / statistics.median(times),
+            "ratio_to_floor": ratio(times, seconds["floor"]),
+            "ratio_quartiles": np.quantile(np.divide(times, seconds["floor"]), [0.25, 0.75]).tolist(),
+            "flops_per_second": flops[name] / statistics.median(times),
+            "peak_bytes": memory[name],
         }
-
-    def _networks(self, *roles: str) -> list[nn.Module]:
-        return [build(self.config, role).to(self.device).train() for role in roles]
-
-    def _optimizer(self, networks: Sequence[nn.Module]) -> torch.optim.SGD:
-        parameters = [p for network in networks for p in network.parameters()]
-        c = self.config
-        return torch.optim.SGD(
-            parameters, lr=c.learning_rate, momentum=0.9, nesterov=True, weight_decay=c.weight_decay, fused=True
-        )
-
-    def batches(self) -> Iterator[dict]:
-        """The batches of training, without end: (x, y) by role."""
-        loaders = {r: _Batches(self.config, r, self.data[n], 20) for r, n in self.config.roles.items()}
-        epoch = 0
-        while True:
-            for batches in zip(*(loader.epoch(epoch) for loader in loaders.values()), strict=True):
-                yield dict(zip(loaders, batches, strict=True))
-            epoch += 1
-
-    def _loss(self, *terms: tuple[Callable, tuple[Tensor, Tensor]]) -> Tensor:
-        """The sum of the cross-entropies of (network, batch) pairs."""
-        with autocast(self.config.precision, self.device):
-            return sum(F.cross_entropy(network(x).float(), y) for network, (x, y) in terms)
-
-    def plain(self):
-        """Forward, backward and optimizer of one network."""
-        networks = self._networks("main")
-        optimizer, batch = self._optimizer(networks), next(self.batches())["main"]
-
-        def step():
-            self._loss((networks[0], batch)).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return step, networks
-
-    def floor(self):
-        """Three forward and backward passes and the optimizer steps of two networks, nothing else."""
-        *networks, third = self._networks("main", "support", "main")
-        optimizer, batch = self._optimizer(networks), next(self.batches())
-
-        def step():
-            terms = zip((*networks, third), (batch["main"], batch["support"], batch["main"]), strict=True)
-            self._loss(*terms).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            third.zero_grad(set_to_none=True)
-
-        return step, networks
-
-    def ours(self, fed: bool = False):
-        """The step of :func:`weightsum_lib.train.train`; ``fed``: on a new batch each time."""
-        networks = self._networks(*self.config.roles)
-        total, optimizer = WeightSum(networks), self._optimizer(networks)
-        by_role = dict(zip(self.config.roles, networks, strict=True))
-        batches = self.batches()
-        batch = next(batches)
-
-        def step():
-            with autocast(self.config.precision, self.device):
-                losses = _step_losses(self.config, by_role, total, next(batches) if fed else batch, 1.0)
-            losses["total"].backward()
-            _update(networks, optimizer)
-
-        return step, networks
-
-    def ours_fed(self):
-        """The step of training and the making of its batches."""
-        return self.ours(fed=True)
-
-    def functional(self):
-        """``torch.func.functional_call`` on the added weights, written out."""
-        networks = self._networks("main", "support")
-        body, optimizer, batch = self._networks("main")[0], self._optimizer(networks), next(self.batches())
-
-        def step():
-            pairs = zip(*(n.named_parameters() for n in networks), strict=True)
-            weights = {name: p + q for (name, p), (_, q) in pairs}
-            loss = self._loss(
-                (networks[0], batch["main"]),
-                (networks[1], batch["support"]),
-                (lambda x: functional_call(body, weights, (x,)), batch["main"]),
-            )
-            loss.backward()
-            _update(networks, optimizer)
-
-        return step, networks
-
-    def static(self):
-        """A third module that is filled in place, and whose gradients are added to both networks'."""
-        networks = self._networks("main", "support")
-        total, optimizer, batch = self._networks("main")[0], self._optimizer(networks), next(self.batches())
-        first, second, third = ([*n.parameters()] for n in (*networks, total))
-
-        def step():
-            with torch.no_grad():
-                torch._foreach_copy_(third, first)
-                torch._foreach_add_(third, second)
-            loss = self._loss((networks[0], batch["main"]), (networks[1], batch["support"]), (total, batch["main"]))
-            loss.backward()
-            for parameters in (first, second):
-                torch._foreach_add_([p.grad for p in parameters], [p.grad for p in third])
-            _update(networks, optimizer)
-            total.zero_grad(set_to_none=True)
-
-        return step, networks
-
-    def obvious(self, fed: bool = False):
-        """Correct but plain: float32, ``load_state_dict`` each step, gradients added one by one.
-
-        ``fed``: on a new batch of a DataLoader with torchvision's transforms each time.
-        """
-        networks = [n.to(memory_format=torch.contiguous_format) for n in self._networks("main", "support")]
-        (total,) = self._networks("main")
-        total.to(memory_format=torch.contiguous_format)
-        c, parameters = self.config, [p for n in networks for p in n.parameters()]
-        optimizer = torch.optim.SGD(
-            parameters, lr=c.learning_rate, momentum=0.9, nesterov=True, weight_decay=c.weight_decay
-        )
-        fixed = next(self.batches())
-        feeds = [_loader(self.data[name], c.batch_size) for name in self.data] if fed else []
-
-        def step():
-            batches = [[t.to(self.device) for t in next(f)] for f in feeds] or [fixed["main"], fixed["support"]]
-            states = [dict(n.named_parameters()) for n in networks]
-            total.load_state_dict({k: states[0][k] + states[1][k] for k in states[0]}, strict=False)
-            terms = zip((*networks, total), (*batches, batches[0]), strict=True)
-            sum(F.cross_entropy(network(x), y) for network, (x, y) in terms).backward()
-            for p, q, r in zip(*(m.parameters() for m in (*networks, total)), strict=True):
-                p.grad += r.grad
-                q.grad += r.grad
-            _update(networks, optimizer)
-            total.zero_grad()
-
-        return step, networks
-
-    def obvious_fed(self):
-        """The obvious way with its loader."""
-        return self.obvious(fed=True)
-
-    def rows(self) -> list[dict]:
-        """Measure every way: those on a fixed batch in turns, those with a loader each for itself."""
-        steps, memory, flops = {}, {}, {}
-        for name in _LABELS:
-            base = _memory_now(self.device)
-            step, _ = getattr(self, name)()
-            step()
-            with FlopCounterMode(display=False) as counter:
-                step()
-            steps[name], memory[name] = step, _memory_peak(self.device) - base
-            flops[name] = counter.get_total_flops()
-        fed = [name for name in steps if name.endswith("_fed")]
-        seconds = {name: [] for name in steps}
-        for turn in range(self.setting.rounds):
-            order = [name for name in steps if name not in fed]
-            random.Random(turn).shuffle(order)
-            for name in order:
-                seconds[name].append(_seconds(steps[name], self.device))
-        for name in fed:  # a loader works ahead while others run: use that up first
-            times = [_seconds(steps[name], self.device) for _ in range(8 + self.setting.rounds)]
-            seconds[name] = times[8:]
-        floor = statistics.median(seconds["floor"])
-        return [
-            {
-                "way": name,
-                "seconds": statistics.median(times),
-                "quartiles": np.quantile(times, [0.25, 0.75]).tolist(),
-                "steps": len(times),
-                "triplets_per_second": self.config.batch_size / statistics.median(times),
-                "ratio_to_floor": statistics.median(times) / floor,
-                "flops_per_second": flops[name] / statistics.median(times),
-                "peak_bytes": memory[name],
-            }
-            for name, times in seconds.items()
-        ]
+        for name, times in seconds.items()
+    ]
 
 
-def _update(networks: Sequence[nn.Module], optimizer: torch.optim.Optimizer) -> None:
-    """What follows the backward pass in training."""
-    nn.utils.clip_grad_norm_([p for n in networks for p in n.parameters()], _MAX_GRADIENT)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as long one way took as another: the median over turns."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
-def _random_dataset(name: str, images: int) -> Dataset:
-    """Images of noise, which cost what others cost."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for split, n in (("train", images), ("val", 1), ("test", 1)):
-        tensors[f"{split}_images"] = torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        tensors[f"{split}_labels"] = torch.randint(0, 10, (n,), generator=generator)
-    return Dataset(name=name, source="stand-in", note="noise", checksum="", **tensors)
+def several_rows(setting: Setting, seeds: int) -> list[dict]:
+    """Measure the ways of training several seeds' pairs at once, in turns; seconds of a step of all of them."""
+    bench, device = Bench(setting), setting.device
+    names = ["in_turn", "streams", "stacked"] if device.type == "cuda" else ["in_turn", "processes", "stacked"]
+    pool = _Processes(setting, seeds) if "processes" in names else None
+    steps = {name: pool.step if name == "processes" else getattr(bench, name)(seeds)[0] for name in names}
+    seconds = {name: [] for name in names}
+    for step in steps.values():
+        step()
+    started = time.perf_counter()
+    for turn in range(setting.rounds):
+        for name, step in steps.items():
+            seconds[name].append(_seconds(step, device))
+        if turn + 1 >= _LEAST_ROUNDS and time.perf_counter() - started > setting.budget:
+            break
+    if pool:
+        pool.end()
+    return [
+        {
+            "way": name,
+            "label": _SEVERAL[name],
+            "seeds": seeds,
+            "turns": times,
+            "seconds": statistics.median(times),
+            "ratio_to_in_turn": ratio(times, seconds["in_turn"]),
+        }
+        for name, times in seconds.items()
+    ]
 
 
-class _Pictures(torch.utils.data.Dataset):
-    """A dataset as torchvision's are: PIL images through transforms, one by one."""
+class _Processes:
+    """A process for each seed, which makes a step when it is told to."""
 
-    def __init__(self, dataset: Dataset):
-        self.images = dataset.train_images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        self.labels = dataset.train_labels.tolist()
-        flip = [transforms.RandomHorizontalFlip()] if dataset.name == "cifar10" else []
-        steps = [transforms.RandomCrop(32, padding=2), *flip, transforms.ToTensor()]
-        self.transform = transforms.Compose([*steps, transforms.Normalize([0.5] * 3, [0.25] * 3)])
+    def __init__(self, setting: Setting, seeds: int):
+        context = multiprocessing.get_context("spawn")
+        threads = max(1, torch.get_num_threads() // seeds)
+        self.pipes, self.processes = [], []
+        for seed in range(seeds):
+            ours, theirs = context.Pipe()
+            self.pipes.append(ours)
+            self.processes.append(context.Process(target=_serve_steps, args=(setting, seed, threads, theirs)))
+            self.processes[-1].start()
 
-    def __len__(self):
-        return len(self.labels)
+    def step(self):
+        for pipe in self.pipes:
+            pipe.send(True)
+        for pipe in self.pipes:
+            pipe.recv()
 
-    def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images[i])), self.labels[i]
+    def end(self):
+        for pipe, process in zip(self.pipes, self.processes, strict=True):
+            pipe.send(False)
+            process.join()
 
 
-def _loader(dataset: Dataset, batch_size: int) -> Iterator:
-    """Batches of a DataLoader without end; two workers, of which it has two batches each ahead."""
-    loader = DataLoader(
-        _Pictures(dataset), batch_size, shuffle=True, drop_last=True, num_workers=2, persistent_workers=True,
-        pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
-    while True:
-        yield from loader
+def _serve_steps(setting: Setting, seed: int, threads: int, pipe) -> None:
+    torch.set_num_threads(threads)
+    step, _ = Bench(setting).ours(seed=seed)
+    while pipe.recv():
+        step()
+        pipe.send(True)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -348,7 +219,7 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 def evaluation_rows(setting: Setting, images: int = _TESTED_IMAGES) -> list[dict]:
     """How fast a sum is tested and recalibrated, beside a plain network; images a second, medians of three."""
     config, device = setting.config, setting.device
-    data = _random_dataset("mnist", images).to(device)
+    data = random_dataset("mnist", images).to(device)
     networks = [build(config, role).to(device).eval() for role in ("main", "support")]
     total = WeightSum(networks).eval()
     calibration = normalize(data.train_images[: max(2, images // 10)])
@@ -395,25 +266,42 @@ def layout_rows(device: torch.device, precision: str) -> list[dict]:
 
 
 def settings(device: torch.device, precision: str) -> list[Setting]:
-    """What is measured on a device: on a CPU what two minutes or three allow."""
-    quarter = Setting("vgg16", 0.25, 128, device, precision)
-    if device.type == "cuda":
-        sizes = [(w, b) for w in (0.25, 1.0) for b in (128, 512)]
-        return [replace(quarter, width=w, batch_size=b, rounds=20) for w, b in sizes]
-    return [
-        replace(quarter, rounds=12),
-        replace(quarter, batch_size=512, rounds=5),
-        replace(quarter, width=1.0, rounds=3),
-    ]
+    """What is measured on a device: on a CPU each in about half a minute, and only what can be."""
+    quarter = Setting("vgg16", 0.25, 128, device, precision, rounds=20, budget=25.0)
+    return [replace(quarter, width=w, batch_size=b) for w in (0.25, 1.0) for b in (128, 512)]
 
 
-def measure(chosen: Sequence[Setting], images: int = _TESTED_IMAGES) -> dict:
-    """All tables, as results that the report can read."""
+def too_slow(setting: Setting, rate: float) -> bool:
+    """Whether a setting can't be measured within twice its budget on a device of that ``rate``."""
+    return least_seconds(setting, rate) > 2 * setting.budget
+
+
+def least_seconds(setting: Setting, rate: float) -> float:
+    """What a setting takes at least, were all its work matrix products at the device's ``rate`` (FLOP/s)."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        build(setting.config)(torch.empty(1, 3, 32, 32))
+    pass_of_one = 3 * counter.get_total_flops() / rate  # the backward pass is twice the forward pass
+    steps = (len(ways(setting.device)) - 1) * (1 + _LEAST_ROUNDS) + 2 * _AHEAD
+    return 3 * pass_of_one * setting.batch_size * steps
+
+
+def measure(chosen: Sequence[Setting], images: int = _TESTED_IMAGES, seeds: int = 2) -> dict:
+    """All tables, as results that the report can read.
+
+    Args:
+        chosen: the settings; one that can't be measured within twice its budget is left out, and the result says so.
+        images: that the evaluation is timed on.
+        seeds: that are trained at once, in the smallest setting.
+    """
     device, precision = chosen[0].device, chosen[0].precision
     rate = matmul_rate(device, precision)
-    steps = []
+    steps, left_out = [], []
     for setting in chosen:
         name = f"{setting.arch.upper()}, width {setting.width:g}, batch {setting.batch_size}"
+        if too_slow(setting, rate):
+            left_out.append(name.partition(", ")[2])
+            print(f"{name}: left out, it would take more than {2 * setting.budget:.0f} s here", flush=True)
+            continue
         print(f"{name} …", flush=True)
         steps += [
             {
@@ -422,27 +310,38 @@ def measure(chosen: Sequence[Setting], images: int = _TESTED_IMAGES) -> dict:
                 "batch_size": setting.batch_size,
                 **row,
                 "share": row["flops_per_second"] / rate,
-                "label": _LABELS[row["way"]],
             }
-            for row in Bench(setting).rows()
+            for row in step_rows(setting)
         ]
         gc.collect()
+    print("several seeds, evaluation, layouts …", flush=True)
+    several = several_rows(chosen[0], seeds)
     tested = evaluation_rows(chosen[0], images)
     layouts = layout_rows(device, precision)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "notebook": "bench",
         "steps": steps,
+        "several": several,
         "values": {
             "finding": finding(steps),
             "device": gpu or f"CPU, {torch.get_num_threads()} threads",
             "precision": precision,
             "network": chosen[0].arch.upper(),
+            "left_out": f"Left out, since too slow here: {'; '.join(left_out)}." if left_out else "",
+            "several": several_finding(several),
             "matmul_rate": f"{rate / 1e12:.2g} TFLOP/s",
             "versions": f"torch {torch.__version__}, Python {sys.version.split()[0]}",
         },
         "tables": {
             "steps": results.as_json_table(pd.DataFrame(map(_as_shown, steps))),
+            "several": {
+                "columns": ["Pairs at once", "ms for a step of each", "× one after another"],
+                "rows": [
+                    [f"{r['seeds']}: {r['label']}", f"{1e3 * r['seconds']:,.0f}", f"{r['ratio_to_in_turn']:.2f}"]
+                    for r in several
+                ],
+            },
             "evaluation": {
                 "columns": ["What", "Images", "Images a second"],
                 "rows": [[r["way"], f"{r['images']:,}", f"{r['images_per_second']:,.0f}"] for r in tested],
@@ -473,12 +372,12 @@ def _as_shown(row: dict) -> dict[str, str]:
 
 
 def finding(steps: Sequence[dict]) -> str:
-    """What the table of steps says, in one sentence."""
-    seconds = {(row["setting"], row["way"]): row["seconds"] for row in steps}
+    """What the table of steps says, in two sentences."""
+    turns = {(row["setting"], row["way"]): row["turns"] for row in steps}
     every = list(dict.fromkeys(row["setting"] for row in steps))
 
     def times(way, over, form=".1f"):
-        ratios = sorted(seconds[s, way] / seconds[s, over] for s in every)
+        ratios = sorted(ratio(turns[s, way], turns[s, over]) for s in every)
         low, high = format(ratios[0], form), format(ratios[-1], form)
         return low if low == high else f"{low} to {high}"
 
@@ -486,6 +385,15 @@ def finding(steps: Sequence[dict]) -> str:
         f"The three-term step takes {times('ours', 'floor', '.2f')} times as long as its floor, three forward and "
         f"backward passes and two optimizer steps. The obvious way takes {times('obvious', 'ours')} times as "
         f"long as the three-term step; each with its batches, {times('obvious_fed', 'ours_fed')} times."
+    )
+
+
+def several_finding(rows: Sequence[dict]) -> str:
+    """Which way of training several seeds is the fastest, in one sentence."""
+    best, worst = (f(rows, key=lambda r: r["ratio_to_in_turn"]) for f in (min, max))
+    return (
+        f"The fastest way to train {best['seeds']} seeds is {best['label']}, the slowest {worst['label']}: "
+        f"{best['ratio_to_in_turn']:.2f} and {worst['ratio_to_in_turn']:.2f} of the time of one pair after another."
     )
 
 

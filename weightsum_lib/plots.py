@@ -386,32 +386,26 @@ def speed(rows: Sequence[dict], device: str) -> Figure:
     """How long each way of making a step takes, as a multiple of the floor.
 
     Args:
-        rows: with ``setting``, ``label``, ``seconds``, ``quartiles`` (seconds) and ``way`` (one of them "floor").
+        rows: with ``setting``, ``way``, ``label``, ``ratio_to_floor`` and its ``ratio_quartiles``.
         device: what it was measured on.
     """
     settings = list(dict.fromkeys(row["setting"] for row in rows))
     figure, all_axes = plt.subplots(1, len(settings), figsize=(3.4 + 2.6 * len(settings), 3.6), sharey=True)
     for axes, setting in zip(np.atleast_1d(all_axes), settings, strict=True):
-        shown = [(row, floor) for row, floor in _with_floor(rows) if row["setting"] == setting]
-        for y, (row, floor) in enumerate(shown):
-            ratio, ends = (row["seconds"] / floor["seconds"], [q / floor["seconds"] for q in row["quartiles"]])
-            colour = AFTER if row["way"].startswith("ours") else BEFORE
-            axes.barh(y, ratio, color=colour, alpha=0.85, height=0.6)
+        shown = [row for row in rows if row["setting"] == setting]
+        for y, row in enumerate(shown):
+            ratio, ends = row["ratio_to_floor"], row["ratio_quartiles"]
+            axes.barh(y, ratio, color=AFTER if row["way"].startswith("ours") else BEFORE, alpha=0.85, height=0.6)
             axes.plot(ends, [y, y], color="0.2", lw=2)
             axes.annotate(
                 f"{ratio:.2f}", (max(ratio, ends[1]), y), xytext=(4, -3), textcoords="offset points", fontsize=9
             )
         axes.axvline(1, color="0.3", ls=":", lw=1)
-        axes.set_yticks(range(len(shown)), [row["label"].replace("`", "") for row, _ in shown])
+        axes.set_yticks(range(len(shown)), [row["label"].replace("`", "") for row in shown])
         axes.set(ylim=(len(shown) - 0.5, -0.5), xlabel="time of a step / floor", title=setting.partition(", ")[2])
         axes.title.set(fontweight="normal", fontsize=10)
         axes.margins(x=0.18)
         axes.grid(axis="y", visible=False)
-    ratios = sorted(row["seconds"] / of["seconds"] for row, of in _with_floor(rows) if row["way"] == "ours")
+    ratios = sorted(row["ratio_to_floor"] for row in rows if row["way"] == "ours")
     between = f"{ratios[0]:.2f} to {ratios[-1]:.2f}" if len(ratios) > 1 else f"{ratios[0]:.2f}"
     return _message(figure, f"The three-term step takes {between} times as long as its floor ({device})")
-
-
-def _with_floor(rows: Sequence[dict]) -> list[tuple[dict, dict]]:
-    floors = {row["setting"]: row for row in rows if row["way"] == "floor"}
-    return [(row, floors[row["setting"]]) for row in rows]
