@@ -60,7 +60,7 @@ def test_a_measurement_is_written_for_the_report(tmp_path):
     content = bench.measure([TINY], images=40)
     bench.write(content, tmp_path / "results")
     saved = json.loads((tmp_path / "results" / "bench.json").read_text())
-    assert {len(row) for t in saved["tables"].values() for row in t["rows"]} <= {3, 7}
+    assert {len(row) for t in saved["tables"].values() for row in t["rows"]} <= {3, 6, 7}
     assert [row[1] for row in saved["tables"]["steps"]["rows"]] == [
         bench._LABELS[way] for way in bench.ways(TINY.device)
     ]
@@ -71,6 +71,14 @@ def test_a_measurement_is_written_for_the_report(tmp_path):
     # the report takes what was measured here, else what was published
     assert all(p.exists() and p.parent == tmp_path / "results" for p in run.bench_files(tmp_path / "results" / "quick"))
     assert all(p.exists() and p.parent == run.PUBLISHED for p in run.bench_files(tmp_path / "elsewhere" / "quick"))
+
+
+def test_what_was_measured_on_other_devices_stays_beside_it():
+    def measured(*rows):
+        return {"tables": {"devices": {"rows": [list(row) for row in rows]}}}
+
+    new, old = measured(("CPU", "float32", "1.02")), measured(("CPU", "float32", "1.30"), ("CPU", "bfloat16", "1.01"))
+    assert bench.keep_others(new, old) == measured(("CPU", "float32", "1.02"), ("CPU", "bfloat16", "1.01"))
 
 
 def test_a_missing_gpu_is_said(monkeypatch, capsys):

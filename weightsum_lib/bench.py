@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from weightsum_lib import cache, params, plots, results
+from weightsum_lib import cache, params, plots, results, run
 from weightsum_lib.batchnorm import recalibrate
 from weightsum_lib.models import normalize
 from weightsum_lib.steps import Bench, Setting, random_dataset
@@ -318,23 +318,36 @@ def measure(chosen: Sequence[Setting], images: int = _TESTED_IMAGES, seeds: int 
     several = several_rows(chosen[0], seeds)
     tested = evaluation_rows(chosen[0], images)
     layouts = layout_rows(device, precision)
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    values = {
+        "device": _device_name(device),
+        "precision": precision,
+        "matmul_rate": f"{rate / 1e12:.2g} TFLOP/s",
+    }
     return {
         "notebook": "bench",
         "steps": steps,
         "several": several,
         "values": {
             "finding": finding(steps),
-            "device": gpu or f"CPU, {torch.get_num_threads()} threads",
-            "precision": precision,
+            **values,
             "network": chosen[0].arch.upper(),
             "left_out": f"Left out, since too slow here: {'; '.join(left_out)}." if left_out else "",
             "several": several_finding(several),
-            "matmul_rate": f"{rate / 1e12:.2g} TFLOP/s",
-            "versions": f"torch {torch.__version__}, Python {sys.version.split()[0]}",
+            "versions": f"torch {torch.__version__}, Python {sys.version.split()[0]}, commit {cache.commit()}",
         },
         "tables": {
             "steps": results.as_json_table(pd.DataFrame(map(_as_shown, steps))),
+            "devices": {
+                "columns": [
+                    "Device",
+                    "Forward pass in",
+                    "Three-term step / floor",
+                    "Obvious way / three-term step",
+                    "Each with its batches",
+                    "Matrix products",
+                ],
+                "rows": [[*list(values.values())[:2], *_ratios(steps), values["matmul_rate"]]],
+            },
             "several": {
                 "columns": ["Pairs at once", "ms for a step of each", "× one after another"],
                 "rows": [
@@ -357,6 +370,25 @@ def measure(chosen: Sequence[Setting], images: int = _TESTED_IMAGES, seeds: int 
     }
 
 
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+
+
+def keep_others(content: dict, earlier: dict) -> dict:
+    """Add to the table of devices those that an earlier measurement has and this one has not."""
+    table = content["tables"]["devices"]
+    measured = [row[:2] for row in table["rows"]]
+    table["rows"] += [row for row in earlier["tables"]["devices"]["rows"] if row[:2] not in measured]
+    return content
+
+
 def _as_shown(row: dict) -> dict[str, str]:
     """A line of the table of steps."""
     low, high = row["quartiles"]
@@ -371,20 +403,25 @@ def _as_shown(row: dict) -> dict[str, str]:
     }
 
 
-def finding(steps: Sequence[dict]) -> str:
-    """What the table of steps says, in two sentences."""
+def _ratios(steps: Sequence[dict]) -> list[str]:
+    """From the lowest to the highest setting: our step / its floor, the obvious way / ours, each with its batches."""
     turns = {(row["setting"], row["way"]): row["turns"] for row in steps}
     every = list(dict.fromkeys(row["setting"] for row in steps))
-
-    def times(way, over, form=".1f"):
+    texts = []
+    for way, over, form in (("ours", "floor", ".2f"), ("obvious", "ours", ".1f"), ("obvious_fed", "ours_fed", ".1f")):
         ratios = sorted(ratio(turns[s, way], turns[s, over]) for s in every)
         low, high = format(ratios[0], form), format(ratios[-1], form)
-        return low if low == high else f"{low} to {high}"
+        texts.append(low if low == high else f"{low} to {high}")
+    return texts
 
+
+def finding(steps: Sequence[dict]) -> str:
+    """What the table of steps says, in two sentences."""
+    of_floor, obvious, fed = _ratios(steps)
     return (
-        f"The three-term step takes {times('ours', 'floor', '.2f')} times as long as its floor, three forward and "
-        f"backward passes and two optimizer steps. The obvious way takes {times('obvious', 'ours')} times as "
-        f"long as the three-term step; each with its batches, {times('obvious_fed', 'ours_fed')} times."
+        f"The three-term step takes {of_floor} times as long as its floor, three forward and backward passes and two "
+        f"optimizer steps. The obvious way takes {obvious} times as long as the three-term step; each with its "
+        f"batches, {fed} times."
     )
 
 
@@ -407,7 +444,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     content = measure(settings(device, pick_precision(device)))
-    path = write(content, cache.PACKAGE.parent / params.read("quick").results_dir)
+    folder = cache.PACKAGE.parent / params.read("quick").results_dir
+    keep_others(content, cache.read_json(run.bench_files(folder / "quick")[0]))
+    path = write(content, folder)
     for name, table in content["tables"].items():
         print(f"\n{name}")
         rows = [table["columns"], *table["rows"]]
