@@ -59,7 +59,7 @@ book: setup  ## Build the report from what has been run (also PROFILE=published:
 publish: setup  ## Keep the finished run of PROFILE as book/published, and its table in the README.
 	@$(RUN) publish $(OPTIONS)
 
-bench: setup  ## Measure the speed of a training step, about three minutes; the book's page on speed shows it.
+bench: setup  ## Measure the speed of a training step, about five minutes; the book's page on speed shows it.
 	@$(PY) -m weightsum_lib.bench --device "$(DEVICE)"
 
 lab: setup  ## Open JupyterLab on the paired notebooks.
