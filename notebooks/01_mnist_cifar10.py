@@ -16,90 +16,30 @@
 # sum. This notebook compares two networks that never met (`independent`), the asker's sketch (`sequential`: sum
 # them, then fine-tune the sum), and readings of the third term (`joint`).
 
-# %% tags=["parameters", "hide-input"]
-# Defaults: the values of params/smoke.yaml, so that every cell answers within seconds. `make` injects
-# those of params/<profile>.yaml below. What each knob means: weightsum_lib/params.py.
+# %% tags=["parameters", "remove-cell"]
+# Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
+# `papermill -f params/quick.yaml` inject theirs below.
 profile = "smoke"
-arch = "vgg8"
-width = 0.25
-dropout = 0.25
-train_images = 640
-test_images = 200
-calibration_images = 128
-epoch_images = 576
-epochs = 2
-finetune_epochs = 1
-batch_size = 64
-learning_rate = 0.05
-weight_decay = 0.0005
-third_ramp = 1.0
-permuted_ramp = 0.5
-plane_points = 4
-seeds = 1
-ceiling_seeds = 1
-methods = {
-    "independent": {"protocol": "independent"},
-    "shared start": {"protocol": "independent", "start": "shared"},
-    "sequential": {"protocol": "sequential"},
-    "joint ce": {"protocol": "joint", "third": "ce"},
-    "joint loss_gap": {"protocol": "joint", "third": "loss_gap"},
-    "joint distill": {"protocol": "joint", "third": "distill"},
-    "keys alone": {"protocol": "independent", "keys": "random", "key_share": 0.25},
-    "random keys": {
-        "protocol": "joint",
-        "third": "ce",
-        "symmetric": True,
-        "quiet": 1.0,
-        "centered_scale": True,
-        "keys": "random",
-        "key_share": 0.25,
-        "permuted_support": 0.8,
-    },
-    "disjoint keys": {
-        "protocol": "joint",
-        "third": "ce",
-        "symmetric": True,
-        "quiet": 1.0,
-        "centered_scale": True,
-        "keys": "disjoint",
-        "key_share": 0.25,
-    },
-}
-parts = {
-    "random keys ⅛": {
-        "protocol": "joint",
-        "third": "ce",
-        "symmetric": True,
-        "quiet": 1.0,
-        "centered_scale": True,
-        "keys": "random",
-        "key_share": 0.125,
-        "wider": 2.0,
-        "permuted_support": 0.8,
-    },
-}
-allow_standin = ["mnist", "cifar10", "svhn"]
-data_dir = ""
-results_dir = "results"
-device = "auto"
-networks_at_once = 1
 
-# %% tags=["hide-input"]
+# %% tags=["remove-cell"]
 from IPython.display import Markdown
 
-from weightsum_lib import evaluate, params, plots, results
-from weightsum_lib.study import Study
+from weightsum_lib.report import findings, plots, tables
+from weightsum_lib.study import measure, params
+from weightsum_lib.study.params import BASELINE, TRAINED  # the rows that the finding compares
+from weightsum_lib.study.runs import Study
 
-NOTEBOOK = "01_mnist_cifar10"
+# %% tags=["remove-cell"]
+NOTEBOOK, TASK = "01_mnist_cifar10", 1
 MAIN, SUPPORT = "mnist", "cifar10"  # the datasets of θ_main and θ_support
-BASELINE, TRAINED = params.BASELINE, params.TRAINED  # the rows that the finding compares
 
+# %% tags=["hide-input"]
 p = params.from_notebook(globals())  # to explore the networks that `make all` trained: params.read("quick")
 study = Study(p)
 plots.use_style()
-main_title, support_title = params.DATASETS[MAIN], params.DATASETS[SUPPORT]
-evaluate.train_pairs(study, MAIN, SUPPORT)
-Markdown(results.data_notice(study.describe_data()))
+main_title, support_title = tables.title(MAIN), tables.title(SUPPORT)
+every_policy = tables.wide(measure.pairs(study, MAIN, SUPPORT), own={MAIN: "main", SUPPORT: "support"})
+Markdown(tables.data_notice(study.describe_data()))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
 plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks see: a test image of each class")
@@ -109,39 +49,23 @@ plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks
 #
 # Each row is one way to make the pair. *Before* is θ_main alone on MNIST, *after* is the network with the
 # weights θ_main + θ_support, on the same test images. Both have their batch-norm statistics re-estimated on the
-# same unlabelled training images of MNIST (policy `recalibrated`).
-
-# %% tags=["hide-input"]
-rows = results.with_gap(evaluate.before_after(study, MAIN, SUPPORT))
-summary = results.summarize(rows, ["method"], ["before", "after", "gap", "kept"])
-by_method = {row["method"]: row for row in summary}
-difference = results.paired_difference(rows, TRAINED, BASELINE, "after")
-MARGINS = {"before": 1.0, "support_before": 3.0}  # points that a network may be worse than alone, and still count
-counted = results.counts(rows, TRAINED, BASELINE, MARGINS)
-finding = results.finding(by_method[BASELINE], by_method[TRAINED], difference, counted, main_title)
+# same unlabelled training images of MNIST (policy `per_task`). The control is θ_support on MNIST.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
-trained, baseline = by_method[TRAINED], by_method[BASELINE]
-plots.before_after(
-    summary,
-    f"{main_title} after the sum: {trained['after']['mean']:.1f} % trained together, "
-    f"{baseline['after']['mean']:.1f} % trained apart",
-    main_title,
-)
+sums = every_policy.xs("per_task", level="policy")
+summary = tables.summarize(sums, ["method", "tested"])
+on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))
+difference = tables.paired(sums.xs(MAIN, level="tested"), TRAINED, BASELINE, "after")
+MARGINS = {MAIN: 1.0, SUPPORT: 3.0}  # points that a network may be worse than alone, and still count
+counted = findings.counts(sums, TRAINED, BASELINE, MARGINS)
+finding = findings.of_pair(on_main, difference, counted, main_title)
+after = on_main["after"]
+message = f"{main_title} after the sum: {after[TRAINED].mean:.1f} % together, {after[BASELINE].mean:.1f} % apart"
+plots.before_after(on_main, message, main_title)
 
 # %% tags=["hide-input"]
-before_after_table = results.table(
-    summary,
-    {
-        "method": "Method",
-        "before": "Before the sum (%)",
-        "after": "After the sum (%)",
-        "gap": "Gap (points)",
-        "kept": "Kept (%)",
-        "n": "n",
-    },
-)
-before_after_table.style.hide(axis="index")
+main_table = tables.table(on_main, ["before", "after", "gap", "kept", "other"])
+main_table.style.hide(axis="index")
 
 # %% [markdown]
 # `sequential` changes the summed weights, so its network is no longer θ_main + θ_support. Its two other rows are the
@@ -149,30 +73,17 @@ before_after_table.style.hide(axis="index")
 # has contributed nothing.
 
 # %% [markdown]
-# ## What the support network pays, and the control
+# ## What the support network pays
 #
-# A small gap is worth nothing if θ_support was sacrificed for it, or if θ_support could do MNIST anyway.
-# So here is θ_support on its own task, beside a network trained alone for as many steps (`independent`), and
-# θ_support on MNIST. A method *counts* if neither of its networks is worse before the sum than the one trained
-# alone by more than 1 point (CIFAR-10: 3 points). Under a key that is a network of the key's size (`keys alone`).
+# A small gap is worth nothing if θ_support was sacrificed for it, or if θ_support could do MNIST anyway (the control
+# above). So here is θ_support on its own task, and the sum there. A method *counts* if neither of its networks is worse
+# before the sum than one of its size that was trained alone for as many steps, by more than 1 point (CIFAR-10:
+# 3 points). The control here is θ_main on CIFAR-10.
 
 # %% tags=["hide-input"]
-support = results.summarize(rows, ["method"], ["support_before", "support_after", "support_on_main"])
-support = [row for row in support if row["support_before"]]  # sequential pairs are those of `independent`
-for row in support:
-    twin = evaluate.same_size_alone(study, row["method"])
-    row["counts"] = "yes" if results.counts(rows, row["method"], twin, MARGINS) else "no"
-support_table = results.table(
-    support,
-    {
-        "method": "Method",
-        "support_before": f"θ_support on {support_title} (%)",
-        "support_after": f"the sum on {support_title} (%)",
-        "support_on_main": f"control: θ_support on {main_title} (%)",
-        "counts": "Counts",
-        "n": "n",
-    },
-)
+pairs = on_support.loc[[m for m in on_support.index if m in p.rows]]  # sequential ones are those of `independent`
+pairs = pairs.assign(counts=["yes" if findings.counts(sums, m, p.twin(m), MARGINS) else "no" for m in pairs.index])
+support_table = tables.table(pairs, ["before", "after", "other", "counts"])
 support_table.style.hide(axis="index")
 
 # %% [markdown]
@@ -180,32 +91,21 @@ support_table.style.hide(axis="index")
 #
 # The same sums with other statistics: `union` uses training images of both tasks, `summed` adds the two networks'
 # statistics as a sum of state dicts does, `batch` uses the test batch's own, and `owner`, for disjoint keys only, leaves
-# each channel its owner's. The headline is `per_task`, which is what `recalibrated` means for one tested task.
+# each channel its owner's.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Table of colours: test accuracy of the sum on the main task in percent for every method, in rows, and every batch-norm policy, in columns."}}
-policy_rows = evaluate.pair_policies(study, MAIN, SUPPORT)
-policy_summary = results.summarize(policy_rows, ["method", "policy"], ["before", "after"])
-plots.policies(
-    policy_summary,
-    {"before": f"θ_main alone on {main_title} (%)", "after": f"the sum on {main_title} (%)"},
-    list(evaluate.POLICIES),
-    "θ_main and the sum under every batch-norm policy",
-)
+policies = tables.summarize(every_policy.xs(MAIN, level="tested"), ["method", "policy"]).loc[list(pairs.index)]
+panels = {f"θ_main alone on {main_title} (%)": policies["before"], f"the sum on {main_title} (%)": policies["after"]}
+plots.policies(panels, list(measure.POLICIES), "θ_main and the sum under every batch-norm policy")
 
 # %% [markdown]
 # ## How training went
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Training losses above and validation accuracies below, against the epoch, one column for each method: main network, sum and support network."}}
-shown = [m for m in p.methods if p.method(m).protocol == "joint"]
-histories = {m: study.run(evaluate.pair_configs(study, m, MAIN, SUPPORT, 0)["pair"]).history for m in shown}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Training losses to the left and validation accuracies to the right, against the epoch, one row for each method: main network, sum and support network."}}
+histories = measure.histories(study, MAIN, SUPPORT)
 last = histories[TRAINED][-1]
-plots.curves(
-    histories,
-    f"Under “{TRAINED}” the sum ends at {last['val_sum']:.1f} % and θ_main at {last['val_main']:.1f} % of the "
-    "validation images (seed 0)",
-    main_title,
-    support_title,
-)
+ends = f"the sum ends at {last['val_sum']:.1f} % and θ_main at {last['val_main']:.1f} % of the validation images"
+plots.curves(histories, main_title, support_title, f"Under “{TRAINED}” {ends} (seed 0)")
 
 # %% [markdown]
 # The curves use the validation split and the running batch-norm statistics of training; seed 0.
@@ -216,13 +116,12 @@ plots.curves(
 # ratio near 1 rules that out. The cosine tells whether the two networks have become copies (1) or are unrelated (0).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: ratio of the weight norms of the two networks for each layer, on a logarithmic axis. Right: cosine between their weights. One line for each method."}}
-layer_rows = evaluate.layer_rows(study, MAIN, SUPPORT)
-of_trained = [row for row in layer_rows if row["method"] == TRAINED]
-ratios = [row["norm_ratio"] for row in of_trained]
-plots.layers(layer_rows, f"{TRAINED}: norm ratios between {min(ratios):.2f} and {max(ratios):.2f}; seed 0")
+layers = measure.layers(study, MAIN, SUPPORT)
+ratios = layers["norm_ratio"][layers["method"] == TRAINED]
+plots.layers(layers, f"{TRAINED}: norm ratios between {ratios.min():.2f} and {ratios.max():.2f}; seed 0")
 
 # %% tags=["hide-input"]
-layer_table = results.layer_table(layer_rows)
+layer_table = tables.layer_table(layers)
 layer_table.style.hide(axis="index")
 
 # %% [markdown]
@@ -232,40 +131,24 @@ layer_table.style.hide(axis="index")
 # networks alone. Each point has its statistics re-estimated on training images of the tested task.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Heat maps of validation accuracy over the two coefficients, one row for each method, one column for each task; a star marks the plain sum, circles the two networks alone."}}
-planes = {m: evaluate.coefficient_plane(study, m, MAIN, SUPPORT) for m in (BASELINE, TRAINED)}
-plots.plane(
-    planes,
-    {MAIN: main_title, SUPPORT: support_title},
-    "The plain sum (star) between the two networks (circles), seed 0",
-)
+planes = {m: measure.plane(study, m, MAIN, SUPPORT) for m in (BASELINE, TRAINED)}
+plots.plane(planes, (MAIN, SUPPORT), "The plain sum (star) between the two networks (circles), seed 0")
 
 # %% [markdown]
 # ## Finding
 
 # %% tags=["hide-input"]
-controls = {row["method"]: row["support_on_main"] for row in support}
-results.save(
+networks = f"θ of {main_title} + θ of {support_title}"
+tables.save(
     NOTEBOOK,
     study,
+    {"finding": finding, **tables.values_of(summary), "norm_ratio.min": min(ratios), "norm_ratio.max": max(ratios)},
     {
-        "finding": finding,
-        **results.values_of(summary, ["before", "after", "gap", "kept"]),
-        **results.values_of(support, ["support_before", "support_after", "support_on_main"]),
-        "norm_ratio.min": min(ratios),
-        "norm_ratio.max": max(ratios),
-    },
-    {
-        "before_after": before_after_table,
-        "policies": results.table(
-            policy_summary,
-            {"method": "Method", "policy": "Policy", "before": "Before (%)", "after": "After (%)", "n": "n"},
-        ),
+        "before_after": main_table,
         "support": support_table,
+        "policies": tables.table(policies, ["before", "after"]),
         "layers": layer_table,
     },
-    [
-        results.headline_row(row, "Task 1: MNIST", "θ of MNIST + θ of CIFAR-10", controls[row["method"]])
-        for row in (baseline, trained)
-    ],
+    tables.headline(on_main.loc[[BASELINE, TRAINED]], f"Task {TASK}: {main_title}", networks),
 )
 Markdown(finding)

@@ -21,91 +21,29 @@
 # of the other, so that about a quarter of a network's channels are the partner's too. What else these rows are
 # trained with, and what each part adds, is on the [next page](04_what_transfers).
 
-# %% tags=["parameters", "hide-input"]
-# Defaults: the values of params/smoke.yaml, so that every cell answers within seconds. `make` injects
-# those of params/<profile>.yaml below. What each knob means: weightsum_lib/params.py.
+# %% tags=["parameters", "remove-cell"]
+# Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
+# `papermill -f params/quick.yaml` inject theirs below.
 profile = "smoke"
-arch = "vgg8"
-width = 0.25
-dropout = 0.25
-train_images = 640
-test_images = 200
-calibration_images = 128
-epoch_images = 576
-epochs = 2
-finetune_epochs = 1
-batch_size = 64
-learning_rate = 0.05
-weight_decay = 0.0005
-third_ramp = 1.0
-permuted_ramp = 0.5
-plane_points = 4
-seeds = 1
-ceiling_seeds = 1
-methods = {
-    "independent": {"protocol": "independent"},
-    "shared start": {"protocol": "independent", "start": "shared"},
-    "sequential": {"protocol": "sequential"},
-    "joint ce": {"protocol": "joint", "third": "ce"},
-    "joint loss_gap": {"protocol": "joint", "third": "loss_gap"},
-    "joint distill": {"protocol": "joint", "third": "distill"},
-    "keys alone": {"protocol": "independent", "keys": "random", "key_share": 0.25},
-    "random keys": {
-        "protocol": "joint",
-        "third": "ce",
-        "symmetric": True,
-        "quiet": 1.0,
-        "centered_scale": True,
-        "keys": "random",
-        "key_share": 0.25,
-        "permuted_support": 0.8,
-    },
-    "disjoint keys": {
-        "protocol": "joint",
-        "third": "ce",
-        "symmetric": True,
-        "quiet": 1.0,
-        "centered_scale": True,
-        "keys": "disjoint",
-        "key_share": 0.25,
-    },
-}
-parts = {
-    "random keys ⅛": {
-        "protocol": "joint",
-        "third": "ce",
-        "symmetric": True,
-        "quiet": 1.0,
-        "centered_scale": True,
-        "keys": "random",
-        "key_share": 0.125,
-        "wider": 2.0,
-        "permuted_support": 0.8,
-    },
-}
-allow_standin = ["mnist", "cifar10", "svhn"]
-data_dir = ""
-results_dir = "results"
-device = "auto"
-networks_at_once = 1
 
 # %% tags=["hide-input"]
+import pandas as pd
 from IPython.display import Markdown
 
-from weightsum_lib import evaluate, params, plots, results
-from weightsum_lib.study import Study
+from weightsum_lib.report import findings, plots, tables
+from weightsum_lib.study import measure, params
+from weightsum_lib.study.params import BASELINE, DISJOINT, RANDOM, SPARSE, TRAINED
+from weightsum_lib.study.runs import Study
 
 NOTEBOOK = "03_mnist_svhn"
-FIRST, SECOND, SUPPORT = "mnist", "svhn", "cifar10"
-BASELINE, TRAINED, RANDOM, DISJOINT = params.BASELINE, params.TRAINED, params.RANDOM, params.DISJOINT
+FIRST, SECOND = "mnist", "svhn"
 
 p = params.from_notebook(globals())  # to explore the networks that `make all` trained: params.read("quick")
-HEADLINE = [m for m in (BASELINE, TRAINED, RANDOM, results.SPARSE, DISJOINT) if m in p.methods]  # the finding's rows
+HEADLINE = [m for m in (BASELINE, TRAINED, RANDOM, SPARSE, DISJOINT) if m in p.rows]  # the finding's rows
 study = Study(p)
 plots.use_style()
-titles = {name: params.DATASETS[name] for name in (FIRST, SECOND)}
-rows = evaluate.unmet_sums(study, FIRST, SECOND, SUPPORT)
-Markdown(results.data_notice(study.describe_data()))
+frame = measure.strangers(study, FIRST, SECOND)
+Markdown(tables.data_notice(study.describe_data()))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
 plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks see: a test image of each class")
@@ -119,23 +57,18 @@ plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks
 # The green diamond is the control without which no number here means anything: the *other* task's network on these
 # images, alone.
 
-# %% tags=["hide-input"]
-for name in titles:
-    rows = results.with_gap(rows, f"before_{name}", f"after_{name}", suffix=f"_{name}")
-measured = results.loss_split([row for row in rows if f"ensemble_{SECOND}" in row], titles)
-KINDS = ("before", "after", "gap", "kept", "other", "renamed", "ensemble", "loudness", "interference", "confidence")
-columns = [f"{kind}_{name}" for name in titles for kind in KINDS]
-headline = [row for row in measured if row["policy"] == evaluate.headline_policy(study, row["method"])]
-summary = results.summarize(headline, ["method", "policy"], columns)
-by_method = {row["method"]: row for row in summary}
-margins = {f"before_{name}": 1.0 for name in titles}  # points that a network may be worse than alone, and still count
-counted = {m: results.counts(headline, m, evaluate.same_size_alone(study, m), margins) for m in HEADLINE[1:-1]}
-finding = results.finding_unmet({m: by_method[m] for m in HEADLINE}, counted, titles)
-
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every method, test accuracy of the task's own network, of the sum, and of the other task's network as a control; the dotted line is chance. The tables below hold the same numbers."}}
-shown = " and ".join(f"{by_method[DISJOINT][f'after_{name}']['mean']:.1f} % of {titles[name]}" for name in titles)
-dense = " and ".join(f"{by_method[TRAINED][f'after_{name}']['mean']:.1f} %" for name in titles)
-plots.unmet(summary, FIRST, SECOND, titles, f"Never met: disjoint keys read {shown}, dense {TRAINED} {dense}")
+policy = {m: measure.headline_policy(p, m) for m in p.rows}
+sums = tables.wide(frame[frame["policy"] == frame["method"].map(policy)])
+summary = tables.summarize(sums, ["method", "policy", "tested"])
+margins = {FIRST: 1.0, SECOND: 1.0}  # points that a network may be worse than alone, and still count
+counted = {m: findings.counts(sums, m, p.twin(m), margins) for m in HEADLINE[1:-1]}
+finding = findings.of_strangers(summary.loc[HEADLINE], counted)
+keyed, dense = (
+    " and ".join(f"{cell.mean:.1f} % of {tables.title(name)}" for (_, name), cell in summary.loc[m, "after"].items())
+    for m in (DISJOINT, TRAINED)
+)
+plots.unmet(summary, f"Never met: disjoint keys read {keyed}, dense {TRAINED} {dense}")
 
 # %% [markdown]
 # In the tables, *ensemble of logits* runs both networks and adds their logits: it is what a sum without any
@@ -144,11 +77,12 @@ plots.unmet(summary, FIRST, SECOND, titles, f"Never met: disjoint keys read {sho
 # network trained on the renamed labels (a test shows it), and no new training is needed.
 
 # %% tags=["hide-input"]
-tables = {name: results.unmet_table(summary, name) for name in titles}
-tables[FIRST].style.hide(axis="index").set_caption(f"On {titles[FIRST]}")
+columns = ["before", "ensemble", "after", "gap", "kept", "other", "renamed"]
+of_task = {name: tables.table(summary.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
+of_task[FIRST].style.hide(axis="index").set_caption(f"On {tables.title(FIRST)}")
 
 # %% tags=["hide-input"]
-tables[SECOND].style.hide(axis="index").set_caption(f"On {titles[SECOND]}")
+of_task[SECOND].style.hide(axis="index").set_caption(f"On {tables.title(SECOND)}")
 
 # %% [markdown]
 # ## Why one sum works and the other does not
@@ -160,26 +94,17 @@ tables[SECOND].style.hide(axis="index").set_caption(f"On {titles[SECOND]}")
 # the ensemble and the sum, because the weights *interfere*.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method that the finding names. Middle and right: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
-explained = [row for m in HEADLINE for row in evaluate.explained_variance(study, m, FIRST, SECOND, SUPPORT)]
-at_fc2 = {row["method"]: row["explained"] for row in explained if row["layer"] == "fc2"}
+explained = pd.concat([measure.explained(study, m, FIRST, SECOND) for m in HEADLINE])
+at_fc2 = explained[explained["layer"] == "fc2"].set_index("method")["explained"]
 plots.why(
     explained,
     summary,
-    titles,
-    f"At the last hidden layer θ of {titles[FIRST]} explains {100 * at_fc2[TRAINED]:.0f} % of a dense sum, "
+    f"At the last hidden layer θ of {tables.title(FIRST)} explains {100 * at_fc2[TRAINED]:.0f} % of a dense sum, "
     f"{100 * at_fc2[RANDOM]:.0f} % under random keys, {100 * at_fc2[DISJOINT]:.0f} % under disjoint keys",
 )
 
 # %% tags=["hide-input"]
-split_table = results.table(
-    summary,
-    {
-        "method": "Method",
-        **{f"loudness_{n}": f"{t}: lost to loudness (points)" for n, t in titles.items()},
-        **{f"interference_{n}": f"{t}: lost to interference (points)" for n, t in titles.items()},
-        **{f"confidence_{n}": f"other network's confidence on {t} (%)" for n, t in titles.items()},
-    },
-)
+split_table = tables.table(summary, ["loudness", "interference", "confidence"])
 split_table.style.hide(axis="index")
 
 # %% [markdown]
@@ -198,27 +123,17 @@ split_table.style.hide(axis="index")
 # The headline is `owner` for disjoint keys and `union` for all others.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two tables of colours, MNIST and SVHN: test accuracy of the sum in percent for every method, in rows, and every batch-norm policy, in columns."}}
-grid = results.summarize(rows, ["method", "policy"], [f"{k}_{n}" for n in titles for k in ("before", "after", "kept")])
+policies = tables.summarize(tables.wide(frame), ["method", "policy", "tested"])
+rescued = any(cell.mean >= 90 for cell in policies.xs(SECOND, level="tested").loc[[BASELINE, TRAINED], "kept"])
 plots.policies(
-    grid,
-    {f"after_{name}": f"the sum on {title} (%)" for name, title in titles.items()},
-    list(evaluate.POLICIES),
-    "No choice of statistics rescues a dense sum"
-    if all(row[f"kept_{SECOND}"]["mean"] < 90 for row in grid if row["method"] in (BASELINE, TRAINED))
-    else "The sum under every batch-norm policy",
+    {f"the sum on {tables.title(n)} (%)": policies["after"].xs(n, level="tested") for n in (FIRST, SECOND)},
+    list(measure.POLICIES),
+    "The sum under every batch-norm policy" if rescued else "No choice of statistics rescues a dense sum",
 )
 
 # %% tags=["hide-input"]
-grid_table = results.table(
-    grid,
-    {
-        "method": "Method",
-        "policy": "Policy",
-        **{f"{k}_{n}": f"{t} {k} (%)" for n, t in titles.items() for k in ("before", "after")},
-        "n": "n",
-    },
-)
-grid_table.style.hide(axis="index")
+policy_table = tables.table(policies, ["before", "after"])
+policy_table.style.hide(axis="index")
 
 # %% [markdown]
 # ## As others merge, and what is the ceiling
@@ -227,14 +142,9 @@ grid_table.style.hide(axis="index")
 # last rows did meet: networks that were trained on both tasks.
 
 # %% tags=["hide-input"]
-merged = results.summarize(
-    evaluate.merged(study, FIRST, SECOND) + evaluate.ceilings(study, FIRST, SECOND),
-    ["method"],
-    [f"after_{name}" for name in titles],
-)
-merged_table = results.table(
-    merged, {"method": "Merger", **{f"after_{n}": f"{t} (%)" for n, t in titles.items()}, "n": "n"}
-)
+merged = [measure.mergers(study, FIRST, SECOND), measure.ceilings(study, FIRST, SECOND)]
+merged_table = tables.table(tables.summarize(tables.wide(pd.concat(merged)), ["method", "tested"]), ["after"])
+merged_table = merged_table.rename(columns=lambda heading: heading.replace(": after the sum", ""))
 merged_table.style.hide(axis="index")
 
 # %% [markdown]
@@ -244,28 +154,28 @@ merged_table.style.hide(axis="index")
 # plain sum, the circles are the two networks alone.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Heat maps of validation accuracy over the two coefficients, one row for each method, one column for each task; a star marks the plain sum, circles the two networks alone."}}
-planes = {m: evaluate.coefficient_plane(study, m, FIRST, SECOND, SUPPORT) for m in (TRAINED, DISJOINT)}
-plots.plane(planes, titles, "The plain sum (star) of two networks that never met (circles), seed 0")
+planes = {m: measure.plane(study, m, FIRST, SECOND, strangers=True) for m in (TRAINED, DISJOINT)}
+plots.plane(planes, (FIRST, SECOND), "The plain sum (star) of two networks that never met (circles), seed 0")
 
 # %% [markdown]
 # ## Finding
 
 # %% tags=["hide-input"]
-results.save(
+tables.save(
     NOTEBOOK,
     study,
     {
         "finding": finding,
-        **results.values_of(summary, columns),
-        **{f"explained.{m.replace(' ', '_')}": value for m, value in at_fc2.items()},
+        **tables.values_of(summary),
+        **{f"explained.{params.slug(m)}": value for m, value in at_fc2.items()},
     },
-    {**tables, "split": split_table, "policies": grid_table, "merged": merged_table},
+    {**of_task, "split": split_table, "policies": policy_table, "merged": merged_table},
     [
-        results.headline_row(
-            by_method[m], f"Task 3: {titles[name]}", "θ of MNIST + θ of SVHN", by_method[m][f"other_{name}"], f"_{name}"
+        row
+        for name in (FIRST, SECOND)
+        for row in tables.headline(
+            summary.xs(name, level="tested").loc[HEADLINE], f"Task 3: {tables.title(name)}", "θ of MNIST + θ of SVHN"
         )
-        for name in titles
-        for m in HEADLINE
     ],
 )
 Markdown(finding)

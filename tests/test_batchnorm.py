@@ -1,10 +1,24 @@
 import copy
+import math
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from weightsum_lib import WeightSum, normalize, recalibrate, vgg8
-from weightsum_lib.batchnorm import var_mean
+from weightsum_lib.core.batchnorm import var_mean
+
+
+def chain(**options):
+    """Two batch-norm layers: "1" and "4"."""
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4, **options), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4, **options)
+    )
+
+
+def statistics(network):
+    return {name: b.clone() for name, b in network.named_buffers() if "running" in name}
 
 
 def test_statistics_are_exactly_those_of_the_images(images):
@@ -46,6 +60,124 @@ def test_on_a_sum_only_the_sum_changes(images):
 def test_one_image_has_no_variance(images):
     with pytest.raises(ValueError, match="two images or more, got 1"):
         recalibrate(vgg8(width=1 / 16), normalize(images[:1]))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("batches", ["list", "pairs", "loader"])
+def test_batches_give_what_one_tensor_gives(affine, batches):
+    x, network = torch.randn(50, 3, dtype=torch.float64), chain(affine=affine).double()
+    whole = statistics(recalibrate(network, x))
+    given = {
+        "list": x.split([7, 1, 20, 22]),
+        "pairs": [(piece, None) for piece in x.split(8)],
+        "loader": DataLoader(TensorDataset(x), batch_size=9, shuffle=True),
+    }[batches]
+    for layer in (network[1], network[4]):
+        layer.reset_running_stats()
+    pieces = statistics(recalibrate(network, given))
+    assert list(whole) == ["1.running_mean", "1.running_var", "4.running_mean", "4.running_var"]
+    for name, wanted in whole.items():
+        torch.testing.assert_close(pieces[name], wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(whole["1.running_var"], network[0](x).var(0))
+
+
+def test_batches_of_images_give_the_statistics_of_a_sum(images):
+    x, total = normalize(images), WeightSum([vgg8(width=1 / 16), vgg8(width=1 / 16)])
+    whole = statistics(recalibrate(total, x).body)
+    for name, wanted in statistics(recalibrate(total, x.split(5)).body).items():
+        torch.testing.assert_close(wanted, whole[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("split", [None, 4])
+def test_training_goes_on_from_the_statistics(momentum, split):
+    x, later, network = torch.randn(12, 3), torch.randn(12, 3), chain(momentum=momentum)
+    recalibrate(network, x.split(split) if split else x)
+    count = 3 if split else 1
+    assert network[1].num_batches_tracked == count
+    before = network[1].running_mean.clone()
+    network.train()(later)
+    share = momentum or 1 / (count + 1)
+    wanted = (1 - share) * before + share * network[0](later).mean(0)
+    torch.testing.assert_close(network[1].running_mean, wanted)
+
+
+@pytest.mark.parametrize("given", [iter([torch.ones(2, 3)]), (x for x in [torch.ones(2, 3)]), zip([torch.ones(2, 3)])])
+def test_an_iterator_is_refused(given):
+    with pytest.raises(TypeError, match="can't be gone through once a layer"):
+        recalibrate(chain(), given)
+
+
+@pytest.mark.parametrize("given", [None, 3, ["an image"], [None]])
+def test_what_holds_no_tensors_is_refused(given):
+    with pytest.raises(TypeError):
+        recalibrate(chain(), given)
+
+
+@pytest.mark.parametrize("given", [[], torch.zeros(0, 3), [torch.ones(1, 3)]])
+def test_fewer_than_two_images_are_refused(given):
+    with pytest.raises(ValueError, match=r"two images or more, got [01]|or less than two values"):
+        recalibrate(chain(), given)
+
+
+class Reused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.unused = nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Identity()
+
+    def forward(self, x, again=True):
+        x = self.norm(self.fc(x))
+        return self.norm(x) if again else x
+
+
+class Unreached(Reused):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return super().forward(x, again=False)
+
+
+class Changing(list):
+    """Batches that are others in each pass, as with augmentation."""
+
+    def __iter__(self):
+        return iter([torch.randn(4, 3), torch.randn(4, 3)])
+
+
+def bad_images(value):
+    x = torch.randn(6, 3)
+    x[2, 1] = value
+    return x
+
+
+REFUSED = {
+    "NaN": (chain, bad_images(math.nan), "'1' have no finite variance"),
+    "infinite": (chain, bad_images(math.inf), "'1' have no finite variance"),
+    "twice": (Reused, torch.randn(6, 3), "'norm' is used twice"),
+    "never": (Unreached, torch.randn(6, 3), "'unused' is never reached"),
+    "no statistics": (lambda: chain(track_running_stats=False), torch.randn(6, 3), "'1' keeps no running statistics"),
+    "changing": (chain, Changing(), "changed between passes"),
+}
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_statistics_is_refused_by_name_and_leaves_modes_and_hooks(case, split):
+    make, x, error = REFUSED[case]
+    network = make().train()
+    list(network.children())[1].eval()
+    modes = [m.training for m in network.modules()]
+    with pytest.raises(ValueError, match=error):
+        recalibrate(network, x.split(2) if split and isinstance(x, torch.Tensor) else x)
+    assert [m.training for m in network.modules()] == modes
+    assert not any(m._forward_pre_hooks for m in network.modules())
+
+
+def test_a_network_without_batch_norm_is_left_as_it_is():
+    network = nn.Linear(3, 2)
+    assert recalibrate(network, torch.ones(2, 3)) is network
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (7, 5, 4, 4), (2, 5)])

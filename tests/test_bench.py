@@ -1,84 +1,133 @@
-import json
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 import torch
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
-from weightsum_lib import bench, run, steps
+from weightsum_lib import bench, run
+from weightsum_lib.study import store, train
+from weightsum_lib.study.params import Method
 
-TINY = steps.Setting("vgg8", 1 / 16, 16, torch.device("cpu"), "float32", rounds=2, dropout=0.0)
+CPU = torch.device("cpu")
+TINY = train.RunConfig(Method(protocol="joint", third="ce"), "mnist", "cifar10", arch="vgg8", width=1 / 16,
+                       batch_size=16, dropout=0.0, learning_rate=1e-3)  # fmt: skip
 
 
 def after_steps(way, count=3, **options):
-    """The parameters of both networks after some steps on one batch."""
-    step, networks = getattr(steps.Bench(TINY), way)(**options)
+    """The parameters of both networks after some steps."""
+    step, networks = bench.begin(way, TINY, CPU, **options)
     for _ in range(count):
         step()
-    return [p for n in networks for p in (n.values() if isinstance(n, dict) else n.parameters())]
+    return [p.detach() for network in networks for p in network.parameters()]
+
+
+@pytest.fixture(scope="module")
+def ours():
+    start, ours = after_steps("ours", 0), after_steps("ours")
+    assert max((p - q).abs().max() for p, q in zip(ours, start, strict=True)) > 1e-3
+    return ours
 
 
 @pytest.mark.parametrize("way", ["functional", "static", "obvious"])
-def test_each_way_of_a_three_term_step_trains_the_same_networks(way):
-    ours = after_steps("ours")
-    start = after_steps("ours", 0)
-    assert max((p - q).abs().max() for p, q in zip(ours, start, strict=True)) > 1e-3
+def test_each_way_of_a_three_term_step_trains_the_same_networks(ours, way):
     torch.testing.assert_close(after_steps(way), ours, rtol=1e-3, atol=1e-5)
 
 
-def test_a_compiled_step_trains_the_same_networks():
+def test_our_step_is_that_of_training(ours, monkeypatch):
+    """The same batches and learning rate: the same networks, bit for bit."""
+    config = replace(TINY, epoch_images=3 * TINY.batch_size)
+    data = {name: bench._noise(name, 20 * TINY.batch_size, CPU) for name in TINY.roles.values()}
+    monkeypatch.setattr(train, "_learning_rate", lambda config, progress: config.learning_rate)
+    trained = train.train(config, data).networks.values()
+    parameters = [p for network in trained for p in network.parameters()]
+    assert all(torch.equal(p, q) for p, q in zip(parameters, after_steps("ours_fed"), strict=True))
+
+
+def test_a_compiled_step_trains_the_same_networks(ours):
     """The graph that is traced, run as it is; on a CPU a compiler's kernels take a minute to make."""
-    torch.testing.assert_close(after_steps("ours", backend="aot_eager"), after_steps("ours"), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(after_steps("compiled", backend="aot_eager"), ours, rtol=1e-4, atol=1e-6)
 
 
-def test_several_seeds_at_once_are_trained_as_one_after_another():
-    in_turn = after_steps("in_turn", seeds=2)
-    torch.testing.assert_close(after_steps("stacked", seeds=2), in_turn, rtol=1e-3, atol=1e-5)
-    half = len(in_turn) // 2
-    torch.testing.assert_close(in_turn[:half], after_steps("ours"))  # and they are two seeds
-    assert not any(torch.equal(p, q) for p, q in zip(in_turn[:half], in_turn[half:], strict=True) if p.ndim > 1)
-
-
-def test_a_setting_is_left_out_where_it_would_take_too_long():
+def test_a_setting_is_left_out_where_it_would_take_too_long(monkeypatch):
     """By the work that it is, so that no minute is lost in finding out."""
     wide = replace(TINY, width=1.0, batch_size=512)
-    work = bench.least_seconds(wide, 1.0)
-    assert work > 1000 * bench.least_seconds(TINY, 1.0) and bench.least_seconds(wide, 2.0) == work / 2
-    assert bench.too_slow(wide, work / (2.1 * wide.budget)) and not bench.too_slow(wide, work / (1.9 * wide.budget))
+    work = bench.work(wide)
+    assert work == pytest.approx(32 * bench.work(replace(wide, batch_size=16))) and work > 1000 * bench.work(TINY)
+    steps = 5 * len(bench.ways(CPU)) + 12  # of which each is three passes
+    assert bench.is_too_slow(wide, CPU, 3 * work * steps / 51)
+    assert not bench.is_too_slow(wide, CPU, 3 * work * steps / 49)
 
 
 def test_the_floor_is_three_passes_and_trains_two_networks_that_never_meet():
-    floor, plain = after_steps("floor"), after_steps("plain")
-    torch.testing.assert_close(floor[: len(plain)], plain)
-    assert len(floor) == 2 * len(plain)
-    rows = {row["way"]: row for row in bench.step_rows(replace(TINY, rounds=1))}
-    work = {way: row["flops_per_second"] * row["seconds"] for way, row in rows.items()}
-    assert work["floor"] == pytest.approx(3 * work["plain"]) and work["ours"] == pytest.approx(work["floor"])
-    assert all(row["peak_bytes"] >= 0 for row in rows.values()) and rows["floor"]["ratio_to_floor"] == 1
+    work = {}
+    for way in ("plain", "floor", "ours"):
+        step, _ = bench.begin(way, TINY, CPU)
+        with FlopCounterMode(display=False) as counter:
+            step()
+        work[way] = counter.get_total_flops()
+    assert work["plain"] == bench.work(TINY)
+    assert work["floor"] == work["ours"] == 3 * work["plain"]
+    floor, plain, start = after_steps("floor"), after_steps("plain"), after_steps("plain", 0)
+    half = len(floor) // 2
+    assert all(torch.equal(p, q) for p, q in zip(floor[:half], plain[:half], strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(start[half:], plain[half:], strict=True))
+    assert not any(torch.equal(p, q) for p, q in zip(start[half:], floor[half:], strict=True) if p.ndim > 1)
 
 
-def test_a_measurement_is_written_for_the_report(tmp_path):
-    content = bench.measure([TINY], images=40)
-    bench.write(content, tmp_path / "results")
-    saved = json.loads((tmp_path / "results" / "bench.json").read_text())
-    assert {len(row) for t in saved["tables"].values() for row in t["rows"]} <= {3, 6, 7}
-    assert [row[1] for row in saved["tables"]["steps"]["rows"]] == [
-        bench._LABELS[way] for way in bench.ways(TINY.device)
-    ]
-    turns = {row["way"]: row["turns"] for row in saved["steps"]}
-    of_turns = sorted(a / b for a, b in zip(turns["ours"], turns["floor"], strict=True))
-    assert f"takes {(of_turns[0] + of_turns[1]) / 2:.2f} times as long" in saved["values"]["finding"]
-    assert {row["way"] for row in saved["several"]} == {"in_turn", "processes", "stacked"}
+def test_memory_is_that_of_the_tensors():
+    _, small = bench._start("ours", TINY, CPU)
+    _, large = bench._start("ours", replace(TINY, batch_size=64), CPU)
+    weights = 4 * sum(p.numel() for p in after_steps("ours", 0))
+    assert small > 3 * weights  # they, their gradients and their momentum
+    assert 2 * small < large < 4 * small
+
+
+def test_turns_go_on_while_there_is_time(monkeypatch):
+    calls = []
+    steps = {name: lambda name=name: calls.append(name) for name in "abc"}
+    monkeypatch.setattr(bench, "_MOST_TURNS", 7)
+    assert len(bench.in_turns(steps)) == 7 and len(bench.in_turns(steps, seconds=0)) == 3
+    turns = ["".join(calls[i : i + 3]) for i in range(3, 24, 3)]
+    assert all(sorted(turn) == ["a", "b", "c"] for turn in turns) and len(set(turns)) > 1
+
+
+def test_a_measurement_is_written_for_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "_SECONDS", 1e-9)
+    monkeypatch.setattr(bench, "_MOST_TURNS", 3)
+    monkeypatch.setattr(Timer, "blocked_autorange", lambda timer: timer.timeit(1))
+    second = replace(TINY, batch_size=32)
+    steps, content = bench.measure([TINY, second], CPU, images=40)
+    assert content["values"]["left_out"] == "Left out, since too slow here: width 0.0625, batch 32."
+    here = content["values"]["device"]
+    earlier = {"tables": {"devices": {"rows": [[here, "float32", *"9999"], ["a GPU", "bfloat16", *"1111"]]}}}
+    bench.write(steps, content, tmp_path / "results", earlier)
+    saved = store.read_json(tmp_path / "results" / "bench.json")
+    for name, columns in {"steps": 7, "devices": 6, "several": 3, "evaluation": 2}.items():
+        table = saved["tables"][name]
+        assert {len(row) for row in [table["columns"], *table["rows"]]} == {columns}
+    assert [row[1] for row in saved["tables"]["steps"]["rows"]] == [bench.WAYS[way] for way in bench.ways(CPU)]
+    rows = steps.set_index("way")
+    of_turns = sorted(a / b for a, b in zip(rows["turns"]["ours"], rows["turns"]["floor"], strict=True))
+    assert f"takes {of_turns[1]:.2f} times as long" in saved["values"]["finding"]
+    assert rows["× floor"]["ours"] == f"{of_turns[1]:.2f}"
+    assert rows["ratio_quartiles"]["ours"] == pytest.approx([sum(of_turns[:2]) / 2, sum(of_turns[1:]) / 2])
+    assert [row[0][:5] for row in saved["tables"]["several"]["rows"]] == ["2: on", "2: a "]
+    # what was measured on other devices stays beside it
+    assert [row[:2] for row in saved["tables"]["devices"]["rows"]] == [[here, "float32"], ["a GPU", "bfloat16"]]
+    assert saved["tables"]["devices"]["rows"][0][2] == f"{of_turns[1]:.2f}"
     # the report takes what was measured here, else what was published
     assert all(p.exists() and p.parent == tmp_path / "results" for p in run.bench_files(tmp_path / "results" / "quick"))
     assert all(p.exists() and p.parent == run.PUBLISHED for p in run.bench_files(tmp_path / "elsewhere" / "quick"))
 
 
-def test_what_was_measured_on_other_devices_stays_beside_it():
-    def measured(*rows):
-        return {"tables": {"devices": {"rows": [list(row) for row in rows]}}}
-
-    new, old = measured(("CPU", "float32", "1.02")), measured(("CPU", "float32", "1.30"), ("CPU", "bfloat16", "1.01"))
-    assert bench.keep_others(new, old) == measured(("CPU", "float32", "1.02"), ("CPU", "bfloat16", "1.01"))
+def test_ratios_are_told_from_the_lowest_to_the_highest_setting():
+    rows = [("small", "ours", [1.0, 2.0, 9.0]), ("small", "floor", [1.0, 1.0, 3.0]),
+            ("large", "ours", [3.0, 3.0, 3.0]), ("large", "floor", [2.0, 2.0, 2.0])]  # fmt: skip
+    steps = pd.DataFrame(rows, columns=["setting", "way", "turns"])
+    assert bench.between(steps, "ours", "floor", ".1f") == "1.5 to 2.0"
+    assert bench.between(steps, "ours", "ours", ".1f") == "1.0"
 
 
 def test_a_missing_gpu_is_said(monkeypatch, capsys):

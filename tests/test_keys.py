@@ -1,10 +1,25 @@
+import copy
+
 import pytest
 import torch
+import torchvision
 from torch import nn
 
-from weightsum_lib import WeightSum, keys, models, normalize, vgg8, vgg16
-from weightsum_lib.keys import compact, deal, draw, hidden_sizes, overlap
-from weightsum_lib.weights import widen
+from weightsum_lib import (
+    Channels,
+    Key,
+    WeightSum,
+    compact,
+    deal,
+    draw,
+    hidden_channels,
+    normalize,
+    overlap,
+    vgg8,
+    vgg16,
+    widen,
+)
+from weightsum_lib.core.keys import embed
 
 
 def network(arch=vgg8, width=1 / 16, **options):
@@ -22,23 +37,20 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-SMALL, WIDE = hidden_sizes(vgg8(width=1 / 16)), hidden_sizes(vgg8(width=1 / 4))
+CHANNELS = {arch: hidden_channels(arch(width=1 / 16), torch.zeros(2, 3, 32, 32)) for arch in (vgg8, vgg16)}
+SMALL = CHANNELS[vgg8]
+ROOM = 4  # the sums here are this much wider than the networks
 
 
-def test_every_axis_of_channels_is_known():
-    axes = keys.channel_axes(vgg8(width=1 / 16))
-    assert axes["features.conv1_1.weight"] == [(0, "features.conv1_1", 1)]
-    assert axes["features.bn2_1.running_var"] == [(0, "features.conv2_1", 1)]
-    assert axes["classifier.fc1.weight"] == [(0, "classifier.fc1", 1), (1, "features.conv4_1", 4)]
-    assert axes["classifier.fc3.weight"] == [(1, "classifier.fc2", 1)] and axes["classifier.fc3.bias"] == []
-    assert SMALL["features.conv4_1"] == 32 and list(SMALL)[-1] == "classifier.fc2"
+def drawn(*seeds, width=ROOM):
+    return [draw(SMALL, width, generator(seed)) for seed in seeds]
 
 
 @pytest.mark.parametrize("arch", [vgg8, vgg16])
 @pytest.mark.parametrize("centered", [False, True])
 def test_a_keyed_network_computes_the_same_as_the_dense_one_that_it_contains(images, arch, centered):
     small = network(arch, centered_scale=centered)
-    wide = widen(small, draw(hidden_sizes(small), hidden_sizes(arch(width=1 / 4)), generator()))
+    wide = widen(small, draw(CHANNELS[arch], ROOM, generator()))
     assert wide.features.conv1_1.weight.shape[0] == 16 and wide.features.bn1_1.num_features == 16
     x = normalize(images)
     assert not torch.equal(small(x), torch.zeros_like(small(x)))
@@ -49,8 +61,7 @@ def test_a_keyed_network_computes_the_same_as_the_dense_one_that_it_contains(ima
 @pytest.mark.parametrize("arch", [vgg8, vgg16])
 def test_a_permuted_network_computes_the_same(images, arch):
     plain = network(arch)
-    sizes = hidden_sizes(plain)
-    permuted = widen(plain, draw(sizes, sizes, generator()))
+    permuted = widen(plain, draw(CHANNELS[arch], 1, generator()))
     assert not torch.equal(permuted.classifier.fc2.weight, plain.classifier.fc2.weight)
     x = normalize(images)
     torch.testing.assert_close(permuted(x), plain(x))
@@ -59,9 +70,9 @@ def test_a_permuted_network_computes_the_same(images, arch):
 def test_under_disjoint_keys_the_state_dicts_added_add_the_logits(images):
     a, b = network(), network()
     x = normalize(images)
-    total = WeightSum([a, b], keys=[deal(SMALL, WIDE, 0), deal(SMALL, WIDE, 1)]).add_statistics().eval()
+    total = WeightSum([a, b], keys=[deal(SMALL, ROOM, 0), deal(SMALL, ROOM, 1)]).add_statistics().eval()
     torch.testing.assert_close(total(x), a(x) + b(x))
-    wide = [widen(n, deal(SMALL, WIDE, i)).state_dict() for i, n in enumerate((a, b))]
+    wide = [widen(n, deal(SMALL, ROOM, i)).state_dict() for i, n in enumerate((a, b))]
     added = {k: wide[0][k] + wide[1][k] for k in wide[0]}
     plain = vgg8(width=1 / 4, dropout=0.0)
     plain.load_state_dict(added)
@@ -70,7 +81,7 @@ def test_under_disjoint_keys_the_state_dicts_added_add_the_logits(images):
 
 def test_a_sum_under_keys_is_the_sum_of_the_wide_networks_compact_or_not(images):
     a, b = network(), network()
-    both = [draw(SMALL, WIDE, generator(0)), draw(SMALL, WIDE, generator(1))]
+    both = drawn(0, 1)
     by_hand = WeightSum([widen(a, both[0]), widen(b, both[1])])
     x = normalize(images)
     for chosen in (both, compact(both)):
@@ -78,19 +89,19 @@ def test_a_sum_under_keys_is_the_sum_of_the_wide_networks_compact_or_not(images)
         torch.testing.assert_close(total(x), by_hand(x))  # in training mode: the batch's statistics
         torch.testing.assert_close(total.eval()(x), total.materialize()(x))
         total.train()
-    assert compact(both)[0].sizes["classifier.fc2"] < WIDE["classifier.fc2"]
+    assert compact(both)[0].sizes["classifier.fc2"] < both[0].sizes["classifier.fc2"]
 
 
 def test_the_compact_sum_has_one_shape_for_all_keys_of_a_size():
-    shapes = [compact([draw(SMALL, WIDE, generator(i)), draw(SMALL, WIDE, generator(i + 9))])[0].sizes for i in (0, 1)]
-    assert shapes[0] == shapes[1] == {layer: 2 * n for layer, n in SMALL.items()}
-    three = compact([draw(SMALL, hidden_sizes(vgg8(width=1 / 8)), generator(i)) for i in range(3)])
-    assert three[0].sizes == {layer: 2 * n for layer, n in SMALL.items()}  # no more than there are
+    shapes = [compact(drawn(i, i + 9))[0].sizes for i in (0, 1)]
+    assert shapes[0] == shapes[1] == {layer: 2 * n for layer, n in SMALL.sizes.items()}
+    three = compact(drawn(0, 1, 2, width=2))
+    assert three[0].sizes == {layer: 2 * n for layer, n in SMALL.sizes.items()}  # no more than there are
 
 
 def test_gradients_flow_through_keys_to_every_parent_that_is_not_held(images):
     a, b = network(), network()
-    total = WeightSum([a, b], keys=[draw(SMALL, WIDE, generator(i)) for i in (0, 1)])
+    total = WeightSum([a, b], keys=drawn(0, 1))
     total(normalize(images)).square().sum().backward()
     assert all(
         p.grad is not None and p.grad.abs().sum() > 0 for p in (a.classifier.fc2.weight, b.classifier.fc2.weight)
@@ -101,39 +112,78 @@ def test_gradients_flow_through_keys_to_every_parent_that_is_not_held(images):
 
 
 def test_new_keys_bring_new_statistics(images):
-    total = WeightSum([network(), network()], keys=[deal(SMALL, WIDE, 0), deal(SMALL, WIDE, 1)])
+    total = WeightSum([network(), network()], keys=[deal(SMALL, ROOM, 0), deal(SMALL, ROOM, 1)])
     total(normalize(images))
-    total.use_keys([draw(SMALL, WIDE, generator(i)) for i in (0, 1)])
+    total.use_keys(drawn(0, 1))
     assert total.body.features.bn1_1.running_mean.tolist() == [0] * 16
 
 
 def test_random_keys_overlap_as_chance_has_it_and_dealt_ones_not_at_all():
-    sizes, few = {"layer": 10_000}, {"layer": 2_500}
-    a, b = draw(few, sizes, generator(0)), draw(few, sizes, generator(1))
-    assert len(a.positions["layer"].unique()) == 2_500
+    channels = Channels({}, {"layer": 2_500})
+    a, b = (draw(channels, 4, generator(seed)) for seed in (0, 1))
+    assert a.sizes == {"layer": 10_000} and len(a.positions["layer"].unique()) == 2_500
     assert overlap(a, b)["layer"] == pytest.approx(0.25, abs=0.03)
-    assert overlap(deal(few, sizes, 0), deal(few, sizes, 3))["layer"] == 0
+    assert overlap(deal(channels, 4, 0), deal(channels, 4, 3))["layer"] == 0
 
 
-def test_too_many_disjoint_keys_are_refused():
-    with pytest.raises(ValueError, match=r"no room for 5 disjoint keys: 4 of the 16 channels of 'features.conv1_1'"):
-        deal(SMALL, WIDE, 4)
+def test_a_layer_may_have_more_room_than_another(images):
+    room = dict.fromkeys(SMALL.sizes, 2) | {"features.conv1_1": 8}
+    key = draw(SMALL, room, generator())
+    assert key.sizes["features.conv1_1"] == 8 * SMALL.sizes["features.conv1_1"]
+    assert key.sizes["classifier.fc2"] == 2 * SMALL.sizes["classifier.fc2"]
+    small, x = network(), normalize(images)
+    torch.testing.assert_close(widen(small, key)(x), small(x))
 
 
-def test_keys_of_two_wide_networks_or_too_few_keys_are_refused():
-    with pytest.raises(ValueError, match="keys of one sum are for one wide network"):
-        WeightSum([network(), network()], keys=[deal(SMALL, WIDE, 0), deal(SMALL, SMALL, 0)])
-    with pytest.raises(ValueError, match="2 networks need as many keys, got 1"):
-        WeightSum([network(), network()], keys=[deal(SMALL, WIDE, 0)])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: deal(SMALL, ROOM, 4), r"no room for 5 disjoint keys: 4 of the 16 channels of 'features.conv1_1'"),
+        (lambda: deal(SMALL, ROOM, -1), "no room"),
+        (lambda: draw(SMALL, 0.5, generator()), r"width of 0.5 leaves 2 of the 4 channels of 'features.conv1_1'"),
+        (lambda: draw(SMALL, {"features.conv1_1": 2}, generator()), r"a value for each of the groups .*, got \['features.conv1_1'\]"),
+        (lambda: Key(Channels({}, {"a": 2}), {"a": torch.tensor([1, 1])}, {"a": 4}), "a channel twice: 'a'"),
+        (lambda: Key(Channels({}, {"a": 2}), {"a": torch.tensor([1, 4])}, {"a": 4}), r"2 positions in 0 \.\.\. 3, int64, for 'a', got \[1, 4\]"),
+        (lambda: Key(Channels({}, {"a": 2}), {"a": torch.tensor([1])}, {"a": 4}), "2 positions .* for 'a', got"),
+        (lambda: Key(Channels({}, {"a": 2}), {"a": torch.tensor([0.0, 1.0])}, {"a": 4}), "int64"),
+        (lambda: Key(Channels({}, {"a": 1}), {"b": torch.tensor([0])}, {"a": 4}), r"groups \['a'\], got \['b'\]"),
+        (lambda: embed({"x": torch.ones(2)}, deal(SMALL, ROOM, 0)), "'x' is no tensor of the network"),
+        (lambda: embed(vgg8(width=1 / 8).state_dict(), deal(SMALL, ROOM, 0)), r"'features.conv1_1.weight' is \(8, 3, 3, 3\)"),
+        (lambda: WeightSum([network(), network()], keys=[*drawn(0), *drawn(0, width=2)]), "keys of one sum are for one wide"),
+        (lambda: WeightSum([network(), network()], keys=drawn(0)), "2 networks need as many keys, got 1"),
+    ],
+)  # fmt: skip
+def test_what_can_be_no_key_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
-def test_centered_batch_norm_is_batch_norm_whose_scale_adds_up_to_one():
-    plain, centered = nn.BatchNorm2d(3), models.CenteredBatchNorm2d(3)
-    x = torch.randn(8, 3, 4, 4)
-    with torch.no_grad():
-        plain.weight.copy_(torch.tensor([0.5, 1.0, 2.0]))
-        centered.weight.copy_(plain.weight - 1)
-    for _ in range(2):
-        torch.testing.assert_close(centered(x), plain(x))
-        plain.eval(), centered.eval()
-    assert torch.equal(models.CenteredBatchNorm2d(3).weight, torch.zeros(3))
+@pytest.mark.parametrize(
+    "make", [lambda: torchvision.models.resnet18(num_classes=7), lambda: torchvision.models.mobilenet_v2(num_classes=7)]
+)
+def test_keys_work_where_channels_are_added_and_in_depthwise_convolutions(make):
+    """Under disjoint keys the added state dicts, buffers and all, add the outputs; in training mode too."""
+    networks, x = [make().double() for _ in range(2)], torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for net in networks:
+        for name, tensor in net.state_dict().items():
+            if "running_" in name:
+                tensor.uniform_(0.5, 1.5)
+        for module in net.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    channels = hidden_channels(networks[0], torch.zeros(2, 3, 32, 32))
+    keys = [deal(channels, 2, 0), deal(channels, 2, 1)]
+    total = WeightSum(networks, keys=keys).add_statistics().eval()
+    alone = [copy.deepcopy(n).eval() for n in networks]
+    torch.testing.assert_close(total(x), alone[0](x) + alone[1](x))
+    added, other = (widen(n, key).eval() for n, key in zip(networks, keys, strict=True))
+    states = added.state_dict(), other.state_dict()
+    added.load_state_dict({name: tensor + states[1][name] for name, tensor in states[0].items()})
+    torch.testing.assert_close(added(x), alone[0](x) + alone[1](x))
+    plain = total.materialize()
+    torch.testing.assert_close(plain(x), total(x))
+    torch.testing.assert_close(total.train()(x), sum(n.train()(x) for n in alone))
+    for module in plain.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[0] == module.out_channels
+            assert module.weight.shape[1] * module.groups == module.in_channels

@@ -2,8 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from weightsum_lib import three_term_loss
-from weightsum_lib.losses import THIRD_TERMS
+from weightsum_lib.core import losses
+from weightsum_lib.core.losses import THIRD_TERMS, three_term_loss
 
 
 @pytest.fixture
@@ -46,6 +46,10 @@ def test_each_reading_is_its_formula_and_enters_the_total_with_its_weight(z, thi
     torch.testing.assert_close(got.total, got.main + got.support + 0.3 * wanted)
 
 
+def test_each_reading_is_the_function_of_its_name():
+    assert [getattr(losses, name).__name__ for name in THIRD_TERMS] == list(THIRD_TERMS)
+
+
 @pytest.mark.parametrize("third", [t for t in THIRD_TERMS if t != "none"])
 def test_the_third_term_pulls_at_the_sum(z, third):
     loss(z, third=third).total.backward()
@@ -62,9 +66,30 @@ def test_distill_holds_the_main_network_fixed(z):
     assert z["main"].grad is None
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1.0])
+@pytest.mark.parametrize("third", [t for t in THIRD_TERMS if t != "none"])
+def test_a_third_term_of_weight_0_counts_as_0_even_if_it_is_infinite(z, third, value):
+    z["sum"] = (z["sum"].detach() * value).requires_grad_()
+    got = loss(z, third=third, weight=0.0)
+    assert got.third.isfinite() == (value == 1.0)  # its value is told all the same
+    assert torch.equal(got.total, F.cross_entropy(z["main"], z["y"]) + F.cross_entropy(z["support"], z["y_support"]))
+    got.total.backward()
+    assert z["sum"].grad is None and z["main"].grad.isfinite().all()
+
+
+def test_it_can_be_compiled_as_one_graph(z):
+    compiled = torch.compile(three_term_loss, fullgraph=True, backend="eager")
+    for third in THIRD_TERMS:
+        got = compiled(z["main"], z["y"], z["support"], z["y_support"], z["sum"], third=third, weight=0.3)
+        assert torch.equal(got.total, loss(z, third=third, weight=0.3).total)
+
+
 def test_unknown_readings_and_misfit_logits_are_refused(z):
     with pytest.raises(ValueError, match=r"unknown third term 'kl'.*distill"):
         loss(z, third="kl")
-    z["sum"] = z["support"]
+    with pytest.raises(ValueError, match=r"logits_sum_support is \(6, 10\); expected \(4, classes\)"):
+        loss(z, logits_sum_support=z["sum"])
+    with pytest.raises(ValueError, match=r"logits_sum is \(6, 1\).*as many classes"):  # would be broadcast
+        loss({**z, "sum": z["sum"][:, :1]}, third="logit_difference")
     with pytest.raises(ValueError, match=r"logits_sum is \(4, 10\); expected \(6, classes\)"):
-        loss(z)
+        loss({**z, "sum": z["support"]})

@@ -1,12 +1,14 @@
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from weightsum_lib import synthetic
-from weightsum_lib.synthetic import synthesize
+from weightsum_lib.study import digits, synthetic
+from weightsum_lib.study.store import PACKAGE
+from weightsum_lib.study.synthetic import synthesize
 
 SHAPES = {"mnist": (1, 28, 28), "svhn": (3, 32, 32), "cifar10": (3, 32, 32)}
 
@@ -88,8 +90,8 @@ def edge_strength(images: np.ndarray) -> float:
 def ink_at_the_sides(sides: tuple[float, ...]) -> np.ndarray:
     """Largest coverage in the two outer columns, left and right, (N, 2), of 100 house numbers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthetic, "_SIDES", sides)
-        masks = synthetic._house_numbers(np.random.default_rng(3), np.arange(100) % 10)
+        patch.setattr(digits, "_SIDES", sides)
+        masks = digits.house_numbers(np.random.default_rng(3), np.arange(100) % 10)
     return np.stack([masks[:, :, :2].max((1, 2)), masks[:, :, -2:].max((1, 2))], 1)
 
 
@@ -102,27 +104,33 @@ def test_house_numbers_have_neighbours_on_the_sides_asked_for():
 
 def test_house_number_crops_show_their_neighbours(monkeypatch):
     usual = edge_strength(synthesize("svhn", 400, "train")[0])
-    monkeypatch.setattr(synthetic, "_SIDES", (1.0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(digits, "_SIDES", (1.0, 0.0, 0.0, 0.0))
     assert usual > 1.15 * edge_strength(synthesize("svhn", 400, "train")[0])
 
 
 def test_house_numbers_are_light_on_dark_and_dark_on_light():
     rng = np.random.default_rng(5)
-    ink = synthetic._house_numbers(rng, np.arange(200) % 10)[..., None]
+    ink = digits.house_numbers(rng, np.arange(200) % 10)[..., None]
     scene = synthetic._paint(rng, ink[..., 0]).mean(-1, keepdims=True)
     digit, wall = ((scene * m).sum((1, 2, 3)) / m.sum((1, 2, 3)) for m in (ink, 1 - ink))
     assert 0.3 < (digit > wall).mean() < 0.7
 
 
 def test_the_stand_ins_need_no_more_than_four_packages():
-    nodes = list(ast.walk(ast.parse(Path(synthetic.__file__).read_text())))
+    nodes = [n for module in (digits, synthetic) for n in ast.walk(ast.parse(Path(module.__file__).read_text()))]
     imported = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     imported |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    packages = {name.split(".")[0] for name in imported} - set(sys.stdlib_module_names)
+    packages = {name.split(".")[0] for name in imported} - {*sys.stdlib_module_names, "weightsum_lib"}
     assert packages == {"matplotlib", "numpy", "PIL", "scipy"}
 
 
+def test_strokes_and_paints_go_where_the_code_goes():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    assert "strokes.json" in project["tool"]["setuptools"]["package-data"]["weightsum_lib.study"]
+    assert len(digits.DATA["strokes"]) == 10 and np.shape(digits.DATA["paints"]) == (15, 3)
+
+
 def test_faces_hold_ten_inked_digits():
-    for faces in synthetic._typefaces():
+    for faces in digits._typefaces():
         assert len(faces) > 50
         assert all(len(face) == 10 and all(np.asarray(glyph).max() > 200 for glyph in face) for face in faces)

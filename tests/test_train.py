@@ -4,13 +4,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightsum_lib import RunConfig, compare_layers, normalize
-from weightsum_lib import train as train_module
-from weightsum_lib.train import augment, build, train
+from weightsum_lib import Method, RunConfig, WeightSum, compact, compare_layers, normalize
+from weightsum_lib.study import train as train_module
+from weightsum_lib.study.train import augment, build, train
 
 TINY = {"width": 1 / 16, "epoch_images": 96, "epochs": 2, "batch_size": 32, "learning_rate": 0.05}
-ALONE = RunConfig("independent", "mnist", **TINY)
-PAIR = RunConfig("joint", "mnist", "cifar10", third="ce", third_ramp=0.2, **TINY)
+ALONE = RunConfig(Method(), "mnist", **TINY)
+PAIR = RunConfig(Method("joint", "ce"), "mnist", "cifar10", third_ramp=0.2, **TINY)
+
+
+def having(config, **switches):
+    """The same run with some switches changed, of the method or of the configuration."""
+    own = {k: v for k, v in switches.items() if k in vars(config.method) and (k != "start" or v == "shared")}
+    rest = {k: v for k, v in switches.items() if k not in own}
+    return replace(config, method=replace(config.method, **own), **rest)
 
 
 def equal(a, b):
@@ -22,7 +29,7 @@ def test_the_same_seed_gives_the_same_numbers_twice(datasets):
     assert equal(a.networks["main"], b.networks["main"]) and equal(a.networks["support"], b.networks["support"])
     strip = lambda run: [{k: v for k, v in row.items() if k != "seconds"} for row in run.history]  # noqa: E731
     assert strip(a) == strip(b)
-    assert not equal(a.networks["main"], train(replace(PAIR, seed=1), datasets).networks["main"])
+    assert not equal(a.networks["main"], train(having(PAIR, seed=1), datasets).networks["main"])
 
 
 class _Reads(TorchDispatchMode):
@@ -42,14 +49,14 @@ def test_the_host_waits_for_the_device_once_an_epoch_not_once_a_step(datasets, c
     counts = []
     for steps in (1, 3):
         with _Reads() as reads:
-            train(replace(PAIR, epochs=1, epoch_images=steps * PAIR.batch_size, **change), datasets)
+            train(having(PAIR, epochs=1, epoch_images=steps * PAIR.batch_size, **change), datasets)
         counts.append(reads.count)
     assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize(("share", "layout"), [(0.5, torch.contiguous_format), (1.0, torch.channels_last)])
 def test_the_memory_layout_changes_the_speed_only(images, share, layout):
-    network = build(RunConfig("independent", "mnist", width=0.25, key_share=share)).eval()
+    network = build(RunConfig(Method(network_width=share), "mnist", width=0.25)).eval()
     kernels = [p for p in network.parameters() if p.ndim == 4]
     assert all(k.is_contiguous(memory_format=layout) for k in kernels)
     assert not all(k.is_contiguous() and k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
@@ -60,63 +67,90 @@ def test_the_memory_layout_changes_the_speed_only(images, share, layout):
 
 
 def test_training_learns(datasets):
-    run = train(replace(ALONE, epochs=12), datasets)
+    run = train(having(ALONE, epochs=12), datasets)
     assert run.history[-1]["loss_main"] < 0.7 * run.history[0]["loss_main"]
     assert [row["epoch"] for row in run.history] == list(range(1, 13))
     assert not run.networks["main"].training
 
 
-def test_the_third_term_reaches_both_networks(datasets):
-    with_third, without = train(PAIR, datasets), train(replace(PAIR, third="none"), datasets)
-    for role in ("main", "support"):  # without it both still learn, each on its own
-        assert not equal(without.networks[role], build(PAIR, role))
-    for role in ("main", "support"):
-        assert not equal(with_third.networks[role], without.networks[role])
-    assert {"loss_main", "loss_support", "loss_third", "val_main", "val_support", "val_sum"} < set(
-        with_third.history[0]
-    )
+def gradients(config, datasets, roles=("main", "support")):
+    """The gradient of one step's whole loss at each network of a run."""
+    networks = {role: build(config, role).train() for role in config.roles}
+    keys = train_module._Keys(config) if config.method.keys != "none" else None
+    total = WeightSum(list(networks.values()), keys=compact(keys.own) if keys else None)
+    pairs = {r: next(train_module.batches(config, r, datasets[n], 0, 1)) for r, n in config.roles.items()}
+    step = train_module._Step(config, networks, total, pairs, 1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # dropout
+        train_module.step_losses(step, train_module.hooks(config.method)["term"])["total"].backward()
+    return {role: torch.cat([p.grad.flatten() for p in networks[role].parameters()]) for role in roles}
 
 
-def test_the_symmetric_term_changes_the_training(datasets):
-    a, b = train(replace(PAIR, symmetric=True), datasets), train(PAIR, datasets)
-    assert not equal(a.networks["support"], b.networks["support"])
-    assert replace(PAIR, symmetric=True).passes == 4 and PAIR.passes == 3 and ALONE.passes == 1
+def test_the_third_term_adds_its_own_gradient_to_both_networks(datasets):
+    """With dropout off, what it adds is the gradient of the sum's loss, the same for both parents."""
+    config = having(PAIR, dropout=0.0)
+    with_third, without = gradients(config, datasets), gradients(having(config, third="none"), datasets)
+    networks = [build(config, role).train() for role in config.roles]
+    x, y = next(train_module.batches(config, "main", datasets["mnist"], 0, 1))
+    torch.nn.functional.cross_entropy(WeightSum(networks)(x), y).backward()
+    wanted = torch.cat([p.grad.flatten() for p in networks[0].parameters()])
+    assert wanted.norm() > 1e-3
+    for role in config.roles:
+        torch.testing.assert_close(with_third[role] - without[role], wanted, rtol=1e-3, atol=1e-5)
 
 
-KEYED = replace(PAIR, width=1 / 4, symmetric=True, quiet=1.0, centered_scale=True, key_share=0.25)
-RANDOM, DISPAIR = replace(KEYED, keys="random", permuted_support=0.8), replace(KEYED, keys="disjoint")
+def test_a_row_of_the_history_has_every_loss_and_accuracy(datasets):
+    (row,) = train(having(PAIR, epochs=1, symmetric=True), datasets).history
+    losses, values = {"loss_main", "loss_support", "loss_third"}, {"val_main", "val_support", "val_sum"}
+    assert set(row) == {"epoch", *losses, *values, "val_sum_support", "seconds"}
+
+
+def test_the_work_of_a_run_is_counted():
+    work = [c.work / (c.epoch_images * c.trained_epochs) for c in (having(PAIR, symmetric=True), PAIR, ALONE)]
+    assert work == [4, 3, 1]
+
+
+KEYED = having(PAIR, width=1 / 4, symmetric=True, quiet=1.0, centered_scale=True, network_width=0.25)
+RANDOM, DISPAIR = having(KEYED, keys="random", permuted_support=0.8), having(KEYED, keys="disjoint")
 
 
 @pytest.mark.parametrize(
     ("config", "change"),
     [
-        (PAIR, {"equal_norms": True}),
         (PAIR, {"label_smoothing": 0.1}),
+        (PAIR, {"symmetric": True}),
         (PAIR, {"quiet": 1.0}),
-        (PAIR, {"permuted_support": 1.0}),
-        (replace(PAIR, symmetric=True), {"symmetric_to": "main"}),
-        (RANDOM, {"permuted_support": 0.0}),
+        (PAIR, {"third_weight": 0.5}),
         (RANDOM, {"centered_scale": False}),
         (DISPAIR, {"owner_statistics": True}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_each_switch_changes_the_training_of_both_networks(datasets, config, change):
-    config = replace(config, epochs=1)
-    a, b = train(config, datasets), train(replace(config, **change), datasets)
-    assert all(not equal(a.networks[role], b.networks[role]) for role in ("main", "support"))
+def test_each_switch_of_the_loss_changes_the_gradient_of_both_networks(datasets, config, change):
+    a, b = gradients(config, datasets), gradients(having(config, **change), datasets)
+    for role in config.roles:
+        assert (a[role] - b[role]).norm() > 1e-3 * a[role].norm(), role
+
+
+@pytest.mark.parametrize(("main_too", "moved"), [(False, [False, True]), (True, [True, True])])
+def test_keys_drawn_again_move_the_support_network_and_where_asked_the_main_one(monkeypatch, main_too, moved):
+    keys, places = train_module._Keys(having(RANDOM, permuted_support=1.0, permuted_main=main_too)), []
+    monkeypatch.setattr(train_module, "compact", lambda pair: places.append(pair) or pair)
+    assert len(list(keys.epoch(0, 5))) == 5
+    seen = [{tuple(pair[i].positions["classifier.fc2"].tolist()) for pair in places[1:]} for i in (0, 1)]
+    assert [len(s) > 1 for s in seen] == moved  # the first place is the run's own
 
 
 def test_equal_norms_are_equal(datasets):
-    run = train(replace(PAIR, equal_norms=True, epochs=1), datasets)
+    run = train(having(PAIR, equal_norms=True, epochs=1), datasets)
     for row in compare_layers(run.networks["main"], run.networks["support"]):
         assert row["norm_ratio"] == pytest.approx(1, abs=1e-4)
 
 
 def test_quietness_is_learned(datasets):
-    config = replace(PAIR, third="none", epochs=6)
-    loud, quiet = (train(replace(config, quiet=q), datasets).networks["main"] for q in (0.0, 3.0))
-    x = train_module.normalize(datasets["cifar10"].val_images)
+    config = having(PAIR, third="none", epochs=6)
+    loud, quiet = (train(having(config, quiet=q), datasets).networks["main"] for q in (0.0, 3.0))
+    x = normalize(datasets["cifar10"].val_images)
     loudness = [train_module._uniformity(n(x)).item() for n in (loud, quiet)]
     assert loudness[1] < 0.5 * loudness[0] and train_module._uniformity(torch.zeros(2, 10)) == pytest.approx(
         0, abs=1e-6
@@ -124,14 +158,14 @@ def test_quietness_is_learned(datasets):
 
 
 def test_the_symmetric_term_for_main_only_teaches_the_support_network_nothing(datasets, monkeypatch):
-    config = replace(PAIR, symmetric=True, symmetric_to="main", third="ce")
+    config = having(PAIR, symmetric=True, symmetric_to="main", third="ce")
     networks = {role: build(config, role).train() for role in config.roles}
-    total = train_module.WeightSum(list(networks.values()))
+    total = WeightSum(list(networks.values()))
     batches = {role: (torch.randn(8, 3, 32, 32), torch.arange(8)) for role in networks}
     seen = {}
     monkeypatch.setattr(train_module, "three_term_loss", lambda *a, **k: seen.update(k) or (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):
-        train_module._step_losses(config, networks, total, batches, 1.0)
+        train_module.step_losses(train_module._Step(config, networks, total, batches, 1.0))
     seen["logits_sum_support"].sum().backward()
     assert networks["main"].classifier.fc2.weight.grad is not None
     assert networks["support"].classifier.fc2.weight.grad is None
@@ -143,19 +177,19 @@ class Stop(Exception):
 
 def test_under_owner_statistics_the_sum_in_training_is_the_plain_sum_of_the_state_dicts(datasets):
     """With disjoint keys the logits that training adds are those of the added state dicts."""
-    config = replace(DISPAIR, owner_statistics=True, epochs=1, dropout=0.0)
+    config = having(DISPAIR, owner_statistics=True, epochs=1, dropout=0.0)
     run = train(config, datasets)
     a, b = run.networks["main"], run.networks["support"]
     keys = [train_module.key_of(config, role, block) for block, role in enumerate(run.networks)]
-    x = train_module.normalize(datasets["mnist"].val_images)
-    total = train_module.WeightSum([a, b], keys=keys).add_statistics().eval()
+    x = normalize(datasets["mnist"].val_images)
+    total = WeightSum([a, b], keys=keys).add_statistics().eval()
     torch.testing.assert_close(total(x), a(x) + train_module._with_own_statistics(b.train(), x))
     assert b.features.bn1_1.training  # left as it was
 
 
 def test_strangers_come_as_often_as_the_share_says_once_it_has_grown():
-    keys = train_module._Keys(replace(RANDOM, permuted_ramp=0.5))
-    usual = train_module.compact(keys.own)
+    keys = train_module._Keys(having(RANDOM, permuted_ramp=0.5))
+    usual = compact(keys.own)
     met = [
         [place[1].positions["classifier.fc1"].tolist() != usual[1].positions["classifier.fc1"].tolist() for place in e]
         for e in (keys.epoch(0, 400), keys.epoch(1, 400))
@@ -165,7 +199,7 @@ def test_strangers_come_as_often_as_the_share_says_once_it_has_grown():
 
 
 def test_keys_of_networks_that_never_met_are_drawn_apart():
-    a, b = (train_module.key_of(replace(RANDOM, main=main), "main", 0) for main in ("mnist", "svhn"))
+    a, b = (train_module.key_of(having(RANDOM, main=main), "main", 0) for main in ("mnist", "svhn"))
     assert a.positions["classifier.fc1"].tolist() != b.positions["classifier.fc1"].tolist()
     again = train_module.key_of(RANDOM, "main", 1)
     assert all(torch.equal(p, again.positions[layer]) for layer, p in a.positions.items())
@@ -187,7 +221,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_numbers(datasets
         train(config, datasets, checkpoint=checkpoint, on_epoch=kill)
     seen = []
     resumed = train(config, datasets, checkpoint=checkpoint, on_epoch=lambda row: seen.append(row["epoch"]))
-    assert seen == [2] and not checkpoint.exists()
+    assert seen == [2]
     assert equal(whole.networks["main"], resumed.networks["main"])
     assert equal(whole.networks["support"], resumed.networks["support"])
     assert whole.history[1]["val_sum"] == resumed.history[1]["val_sum"]
@@ -196,13 +230,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint_with_the_same_numbers(datasets
 def test_networks_that_never_met_share_no_random_stream():
     configs = {
         "mnist alone": (ALONE, "main"),
-        "svhn alone": (replace(ALONE, main="svhn"), "main"),
-        "cifar10 alone": (replace(ALONE, main="cifar10"), "main"),
+        "svhn alone": (having(ALONE, main="svhn"), "main"),
+        "cifar10 alone": (having(ALONE, main="cifar10"), "main"),
         "mnist in a pair": (PAIR, "main"),
         "its support": (PAIR, "support"),
-        "svhn in a pair": (replace(PAIR, main="svhn"), "main"),
-        "the other support": (replace(PAIR, main="svhn"), "support"),
-        "another seed": (replace(ALONE, seed=1), "main"),
+        "svhn in a pair": (having(PAIR, main="svhn"), "main"),
+        "the other support": (having(PAIR, main="svhn"), "support"),
+        "another seed": (having(ALONE, seed=1), "main"),
     }
     for purpose in ("initialization", "order of epoch 0"):
         streams = {name: config.stream(role, purpose) for name, (config, role) in configs.items()}
@@ -214,27 +248,28 @@ def test_networks_that_never_met_share_no_random_stream():
 
 
 def test_the_third_terms_readings_start_from_the_same_weights_and_order():
-    other = replace(PAIR, third="distill")
+    other = having(PAIR, third="distill")
     assert other.stream("main", "initialization") == PAIR.stream("main", "initialization")
     assert other.stream("support", "order of epoch 1") == PAIR.stream("support", "order of epoch 1")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(datasets):
-    with pytest.raises(FloatingPointError, match=r"joint ce mnist\+cifar10 seed 0: .* epoch 1; lower learning_rate"):
-        train(replace(PAIR, learning_rate=float("inf")), datasets)
+    with pytest.raises(
+        FloatingPointError, match=r"mnist\+cifar10 seed 0: .* in epoch 1, step [123] .*; lower learning_rate"
+    ):
+        train(having(PAIR, learning_rate=1e30), datasets)
 
 
 def test_networks_of_a_shared_start_start_alike_and_no_others_do():
-    shared = [build(replace(ALONE, start="shared", main=main)) for main in ("mnist", "svhn")]
+    shared = [build(having(ALONE, start="shared", main=main)) for main in ("mnist", "svhn")]
     assert equal(*shared) and not equal(shared[0], build(ALONE))
-    assert not equal(shared[0], build(replace(ALONE, start="shared", seed=1)))
+    assert not equal(shared[0], build(having(ALONE, start="shared", seed=1)))
 
 
 def test_fine_tuning_starts_from_the_given_weights(datasets):
     start = build(ALONE)
-    config = replace(
-        ALONE, protocol="sequential", support="cifar10", start="sum", finetune_epochs=1, learning_rate=1e-12
-    )
+    config = having(ALONE, protocol="sequential", support="cifar10", finetune_epochs=1, learning_rate=1e-12)
+    config = replace(config, start="sum")
     tuned = train(config, datasets, start=[start]).networks["main"]
     torch.testing.assert_close(tuned.classifier.fc1.weight, start.classifier.fc1.weight)
     tuned = train(config, datasets, start=[start, start]).networks["main"]
@@ -245,8 +280,8 @@ def test_fine_tuning_starts_from_the_given_weights(datasets):
 def test_the_learning_rate_warms_up_and_ends_at_zero_and_the_third_term_ramps():
     rate = [train_module._learning_rate(PAIR, x) for x in (0, 0.1, 0.2, 0.6, 1)]
     assert rate == pytest.approx([0, 0.025, 0.05, 0.025, 0])
-    assert [train_module._third_weight(PAIR, x) for x in (0, 0.1, 0.2, 1)] == pytest.approx([0, 0.5, 1, 1])
-    assert train_module._third_weight(replace(PAIR, third_ramp=0.0), 0) == 1
+    assert [train_module._ramp(x, 0.2) for x in (0, 0.1, 0.2, 1)] == pytest.approx([0, 0.5, 1, 1])
+    assert train_module._ramp(0, 0.0) == 1
 
 
 def test_augmentation_shifts_by_two_pixels_at_most_and_flips_only_where_it_may(images):
@@ -268,5 +303,10 @@ def test_augmentation_shifts_by_two_pixels_at_most_and_flips_only_where_it_may(i
     } | shifted(images[0].flip(2))
 
 
-def test_digits_are_never_mirrored():
-    assert train_module._FLIPPED == ("cifar10",)
+@pytest.mark.parametrize(("name", "mirrored"), [("mnist", False), ("svhn inverted", False), ("cifar10", True)])
+def test_digits_are_never_mirrored(datasets, images, name, mirrored):
+    left = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    left[:, :, :8] = 255  # bright on its left
+    dataset = replace(datasets["mnist"], name=name, train_images=left.expand(96, -1, -1, -1))
+    x, _ = next(train_module.batches(replace(ALONE, main=name, batch_size=64), "main", dataset, 0, 1))
+    assert (x[..., 24:].mean((1, 2, 3)) > x[..., :8].mean((1, 2, 3))).any() == mirrored

@@ -1,10 +1,14 @@
 """The loss of the question: CE(main) + CE(support) + a third term on the network with the summed weights."""
 
+import sys
 from functools import partial
 from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor
+
+# Names of the functions below; each is looked up by its name alone, so that what a run uses can be followed.
+THIRD_TERMS = ("none", "ce", "signed_gap", "loss_gap", "distill", "logit_difference")
 
 
 class ThreeTermLoss(NamedTuple):
@@ -16,38 +20,34 @@ class ThreeTermLoss(NamedTuple):
     third: Tensor
 
 
-def _none(logits, logits_sum, ce, cross_entropy):
+def none(logits, logits_sum, own_loss, cross_entropy):
+    """Two networks that never meet: 0."""
     return logits.new_zeros(())
 
 
-def _ce(logits, logits_sum, ce, cross_entropy):
+def ce(logits, logits_sum, own_loss, cross_entropy):
+    """The sum must solve the task: CE(z_sum, y)."""
     return cross_entropy(logits_sum)
 
 
-def _signed_gap(logits, logits_sum, ce, cross_entropy):
-    return cross_entropy(logits_sum) - ce
+def signed_gap(logits, logits_sum, own_loss, cross_entropy):
+    """The letter of the question: CE(z_sum, y) − CE(z, y)."""
+    return cross_entropy(logits_sum) - own_loss
 
 
-def _loss_gap(logits, logits_sum, ce, cross_entropy):
-    return (cross_entropy(logits_sum) - ce).abs()
+def loss_gap(logits, logits_sum, own_loss, cross_entropy):
+    """|CE(z_sum, y) − CE(z, y)|."""
+    return (cross_entropy(logits_sum) - own_loss).abs()
 
 
-def _distill(logits, logits_sum, ce, cross_entropy):
+def distill(logits, logits_sum, own_loss, cross_entropy):
+    """KL(softmax z ‖ softmax z_sum) in nats, z held fixed (Hinton et al. 2015)."""
     return F.kl_div(logits_sum.log_softmax(-1), logits.detach().log_softmax(-1), log_target=True, reduction="batchmean")
 
 
-def _logit_difference(logits, logits_sum, ce, cross_entropy):
+def logit_difference(logits, logits_sum, own_loss, cross_entropy):
+    """What the partner adds must solve the task alone: CE(z_sum − z, y)."""
     return cross_entropy(logits_sum - logits)
-
-
-THIRD_TERMS = {
-    "none": _none,
-    "ce": _ce,
-    "signed_gap": _signed_gap,
-    "loss_gap": _loss_gap,
-    "distill": _distill,
-    "logit_difference": _logit_difference,
-}
 
 
 def three_term_loss(
@@ -81,7 +81,8 @@ def three_term_loss(
         labels_support: y_c (M,) integers.
         logits_sum: z_sum (N, classes) of θ_m + θ_c on the main task's images.
         third: one of the readings above.
-        weight: factor on the third term.
+        weight: factor on the third term. At 0 the term counts as exactly 0, whatever its value: it adds
+            nothing to ``total`` and gives no gradient, even if it is infinite or not a number.
         logits_sum_support: f(x_c; θ_m + θ_c) (M, classes). Given, the third term is *symmetric*: the
             same reading with the roles exchanged is added to it.
         label_smoothing: share of the target that every cross-entropy spreads over all classes.
@@ -90,26 +91,29 @@ def three_term_loss(
         :class:`ThreeTermLoss` with ``total``, ``main``, ``support``, ``third``.
 
     Raises:
-        ValueError: unknown reading, or logits that don't fit their labels.
+        ValueError: unknown reading, logits that don't fit their labels, or a sum with another number of
+            classes than its network.
     """
     if third not in THIRD_TERMS:
         raise ValueError(f"unknown third term '{third}'; one of {', '.join(THIRD_TERMS)}")
-    for name, logits, labels in (
-        ("logits_main", logits_main, labels_main),
-        ("logits_support", logits_support, labels_support),
-        ("logits_sum", logits_sum, labels_main),
-        ("logits_sum_support", logits_sum_support, labels_support),
+    for name, logits, labels, own in (
+        ("logits_main", logits_main, labels_main, logits_main),
+        ("logits_support", logits_support, labels_support, logits_support),
+        ("logits_sum", logits_sum, labels_main, logits_main),
+        ("logits_sum_support", logits_sum_support, labels_support, logits_support),
     ):
-        if logits is not None and (logits.ndim != 2 or len(logits) != len(labels)):
-            raise ValueError(f"{name} is {tuple(logits.shape)}; expected ({len(labels)}, classes) to fit its labels")
-    reading = THIRD_TERMS[third]
+        if logits is not None and (logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] != own.shape[1]):
+            wanted = f"({len(labels)}, classes) to fit its labels, and as many classes as its network alone"
+            raise ValueError(f"{name} is {tuple(logits.shape)}; expected {wanted}")
+    reading = getattr(sys.modules[__name__], third)
 
     def terms(logits, logits_sum, labels):
         cross_entropy = partial(F.cross_entropy, target=labels, label_smoothing=label_smoothing)
-        own = cross_entropy(logits)
-        return own, 0 if logits_sum is None else reading(logits, logits_sum, own, cross_entropy)
+        own_loss = cross_entropy(logits)
+        return own_loss, 0 if logits_sum is None else reading(logits, logits_sum, own_loss, cross_entropy)
 
     main, third_main = terms(logits_main, logits_sum, labels_main)
     support, third_support = terms(logits_support, logits_sum_support, labels_support)
     third_term = third_main + third_support
-    return ThreeTermLoss(main + support + weight * third_term, main, support, third_term)
+    total = main + support
+    return ThreeTermLoss(total + weight * third_term if weight else total, main, support, third_term)

@@ -1,0 +1,57 @@
+"""The README's Python runs as it stands there, and does what the words beside it say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import ResNet
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def told():
+    """What the README's Python blocks leave behind, run one after another beside a reader's images and loaders."""
+    torch.manual_seed(0)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=4)
+    names = {"loader_a": loader, "loader_b": loader, "images_a": images}
+    blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"README.md, block {number}", "exec"), names)
+    return names
+
+
+@torch.no_grad()
+def test_the_plain_network_has_the_summed_weights(told):
+    a, b, plain = told["network_a"], told["network_b"], told["plain"]
+    assert type(plain) is ResNet and not plain.training
+    for name, weight in plain.named_parameters():
+        torch.testing.assert_close(weight, a.get_parameter(name) + b.get_parameter(name), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_under_dealt_keys_the_sum_adds_what_each_network_answers(told):
+    a, b, images = told["network_a"].eval(), told["network_b"].eval(), told["images_a"]
+    assert told["apart"].conv1.out_channels == 2 * a.conv1.out_channels
+    torch.testing.assert_close(told["apart"](images), a(images) + b(images), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_under_drawn_keys_a_quarter_of_the_channels_is_shared(told):
+    shares = list(told["shared"].values())
+    assert sum(shares) / len(shares) == pytest.approx(0.25, abs=0.05) and min(shares) > 0.1
+    assert told["mixed"].conv1.out_channels == 4 * told["network_a"].conv1.out_channels
+    assert told["mixed"](told["images_a"]).isfinite().all()
+
+
+def test_the_layout_names_every_module():
+    package = Path(__file__).parent.parent / "weightsum_lib"
+    layout = README.split("## The layout of the house")[1]
+    words = set(re.findall(r"\w+", layout))
+    assert {path.stem for path in package.rglob("*.py")} - {"__init__"} <= words
+    assert {path.stem for path in (package.parent / "notebooks").glob("*.py")} <= words
+    assert {path.name for path in (package.parent / "params").glob("*.yaml")} <= set(re.findall(r"\w+\.yaml", layout))

@@ -1,0 +1,486 @@
+import itertools
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import weightsum_lib
+from weightsum_lib.report import findings, page, plots, tables
+from weightsum_lib.report.tables import Interval, interval
+from weightsum_lib.study import params
+from weightsum_lib.study.params import Method
+
+NBSP = "\N{NO-BREAK SPACE}"
+
+
+def measured(method, seed, network, name, accuracy, policy="union", draw=0, confidence=50.0):
+    """A row of the long frame."""
+    return {
+        "task": "3", "method": method, "seed": seed, "draw": draw, "policy": policy, "network": network,
+        "tested": name, "split": "test", "accuracy": accuracy, "confidence": confidence,
+    }  # fmt: skip
+
+
+def strangers(method, seed, policy="union", mnist=98.0, svhn=80.0, kept=0.5, draw=0):
+    """What is measured of one pair: each network on both tasks, the sum, the ensemble, and the sum with other names."""
+    before = {"mnist": mnist, "svhn": svhn}
+    rows = [measured(method, seed, n, t, before[n] if n == t else 20.0, policy) for n in before for t in before]
+    for network, factor in (("sum", kept), ("ensemble", (1 + kept) / 2), ("renamed", kept - 0.1)):
+        rows += [measured(method, seed, network, t, factor * before[t], policy, draw) for t in before]
+    return rows
+
+
+def pair(method, seed, before, after, support=60.0):
+    rows = [("main", "mnist", before), ("sum", "mnist", after), ("support", "cifar10", support)]
+    rows += [("support", "mnist", 9.0), ("main", "cifar10", 11.0), ("sum", "cifar10", 30.0)]
+    return [measured(method, seed, *row, policy="per_task") for row in rows]
+
+
+PAIRS = pd.DataFrame(
+    [row for s in range(3) for row in pair("independent", s, 98.0 + s, 12.0 + s)]
+    + [row for s in range(3) for row in pair("joint ce", s, 98.0, 97.0 + s / 2, 56.0)]
+)
+OWN = {"mnist": "main", "cifar10": "support"}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return tables.wide(PAIRS, OWN)
+
+
+def on_mnist(rows):
+    return tables.summarize(rows.xs("mnist", level="tested"), ["method"])
+
+
+def test_interval_is_students_t():
+    of = interval([97.0, 98.0, 99.0])
+    assert of.mean == 98.0 and of.n == 3
+    assert of.half == pytest.approx(4.303 / 3**0.5, rel=1e-3)
+    assert interval([5.0, np.nan]) == (5.0, None, 1) and interval([np.nan]) is None
+
+
+def test_an_interval_is_written_with_a_true_minus_and_spaces_that_do_not_break():
+    assert f"{interval([-97.24])}" == str(interval([-97.24])) == "−97.2"
+    assert f"{Interval(98.66, 0.4, 3)}" == f"98.7{NBSP}±{NBSP}0.4"
+    assert f"{Interval(-0.001, 0.004, 3):.2f}" == f"0.00{NBSP}±{NBSP}0.00"
+
+
+def test_a_wide_row_says_what_each_network_is_there(pairs):
+    row = pairs.xs(("joint ce", 2, "mnist"), level=("method", "seed", "tested")).iloc[0]
+    assert (row["before"], row["after"], row["other"]) == (98.0, 98.0, 9.0)
+    row = pairs.xs(("independent", 1, "cifar10"), level=("method", "seed", "tested")).iloc[0]
+    assert (row["before"], row["after"], row["other"]) == (60.0, 30.0, 11.0)
+    assert (row["gap"], row["kept"]) == (30.0, 50.0) and np.isnan(row["ensemble"])
+    row = tables.wide(pd.DataFrame(strangers("a", 0))).xs("svhn", level="tested").iloc[0]
+    assert row[["before", "after", "other", "ensemble", "renamed"]].tolist() == [80.0, 40.0, 20.0, 60.0, 32.0]
+    assert (row["loudness"], row["interference"], row["confidence"]) == (20.0, 20.0, 50.0)
+
+
+def test_wide_rows_are_those_of_the_frame_in_its_order():
+    frame = pd.DataFrame(
+        [
+            row
+            for m, s in itertools.product("zam", (0, 1))
+            for row in strangers(m, s, mnist=90.0 + s, svhn=70.0 + ord(m))
+        ]
+    )
+    found = tables.wide(frame)
+    assert list(found.index.unique("method")) == ["z", "a", "m"] and list(found.index.unique("tested")) == [
+        "mnist",
+        "svhn",
+    ]
+    for _, row in frame.iterrows():
+        column = {"sum": "after", "ensemble": "ensemble", "renamed": "renamed"}.get(row["network"])
+        column = column or ("before" if row["network"] == row["tested"] else "other")
+        (value,) = found.xs((row["method"], row["seed"], row["tested"]), level=("method", "seed", "tested"))[column]
+        assert value == row["accuracy"]
+
+
+def test_nothing_is_kept_of_nothing():
+    frame = pd.DataFrame(strangers("a", 0, mnist=0.0))
+    frame["accuracy"] = frame["accuracy"].where((frame["network"] != "sum") | (frame["tested"] != "mnist"), 10.0)
+    assert tables.wide(frame).xs("mnist", level="tested")["kept"].isna().all()
+    summary = tables.summarize(tables.wide(frame), ["method", "tested"])
+    assert tables.table(summary, ["kept"]).values.tolist() == [["a", "–", "50.0", "1"]]
+
+
+def test_draws_share_their_networks_and_count_as_one_seed():
+    rows = strangers("a", 0, kept=0.4) + [
+        measured("a", 0, "sum", t, v, draw=1) for t, v in (("mnist", 98.0), ("svhn", 48.0))
+    ]
+    found = tables.wide(pd.DataFrame(rows + strangers("a", 1, kept=0.6)))
+    assert found["before"].notna().all() and found["other"].notna().all()
+    summary = tables.summarize(found, ["method", "tested"])
+    assert summary["kept"]["a", "svhn"].mean == pytest.approx((50 + 60) / 2) and summary["n"]["a", "svhn"] == 2
+
+
+def test_a_paired_difference_uses_the_seeds_that_both_have(pairs):
+    rows = pairs.xs("mnist", level="tested")
+    rows = rows[(rows.index.get_level_values("method") != "independent") | (rows.index.get_level_values("seed") < 2)]
+    of = tables.paired(rows, "independent", "joint ce", "before")
+    assert of.mean == 0.5 and of.n == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (98.5, 98.3, "keeps the skill"),
+        (98, 92, "nearly keeps the skill"),
+        (98, 50, "keeps a part of the skill"),
+        (98, 20, "loses the skill"),
+        (15, 16, "had no skill to keep"),
+    ],
+)
+def test_verdict_follows_the_numbers(before, after, words):
+    assert findings.verdict(before, after) == words
+
+
+def test_the_finding_on_a_pair_turns_with_the_numbers(pairs):
+    difference = tables.paired(pairs.xs("mnist", level="tested"), "joint ce", "independent", "after")
+    text = findings.of_pair(on_mnist(pairs), difference, True, "MNIST")
+    assert "difference between the two sums: 84.5" in text and "already worse" not in text
+    assert "the sum keeps the skill" in text and "their sum loses the skill" in text and "n = 3" in text
+    assert "not told from zero" in text  # gaps 1.0, 0.5, 0.0
+    worse = tables.wide(PAIRS.assign(accuracy=PAIRS["accuracy"].where(PAIRS["network"] != "sum", 15.0)), OWN)
+    text = findings.of_pair(on_mnist(worse), interval([0.0]), False, "MNIST")
+    assert "already worse before the sum" in text
+    assert "the sum loses the skill" in text and "not told" not in text
+
+
+def test_what_counts_is_within_the_margin_of_the_baseline(pairs):
+    assert findings.counts(pairs, "joint ce", "independent", {"mnist": 1.0})
+    assert not findings.counts(pairs, "joint ce", "independent", {"mnist": 0.5})
+    assert not findings.counts(pairs, "joint ce", "independent", {"mnist": 1.0, "cifar10": 3.0})
+
+
+def test_the_finding_on_strangers_names_each_pair_its_policy_and_the_control():
+    frame = pd.DataFrame(strangers("independent", 0) + strangers("disjoint keys", 0, "owner", kept=1.0))
+    summary = tables.summarize(tables.wide(frame), ["method", "policy", "tested"])
+    text = findings.of_strangers(summary, {"independent": False})
+    assert "`independent` (policy `union`, n = 1): 49.0 % of MNIST (98.0 % before, kept 50.0 %; it keeps a part" in text
+    assert "`disjoint keys` (policy `owner`, n = 1): 98.0 % of MNIST" in text and "it keeps the skill)" in text
+    assert text.count("already worse before the sum") == 1
+    assert "alone, θ of SVHN reads 20.0 % of MNIST, and θ of MNIST 20.0 % of SVHN" in text
+
+
+def test_an_aim_is_missed_by_more_than_the_interval_or_the_report_says_so():
+    def rows(*kept, names=("mnist", "svhn", "cifar10"), **levels):
+        index = pd.Index(names[: len(kept)], name="tested")
+        found = pd.DataFrame({"kept": [interval(k) for k in kept], "n": 2}, index)
+        return pd.concat({levels["method"]: found}, names=["method"]) if levels else found
+
+    sound, unsure, bad = [100.0, 100.0], [99.0, 99.8], [50.0, 51.0]
+    text = findings.of_transfer(
+        rows(sound, unsure), rows(sound, bad), rows(sound, bad, method="sparse"), rows(*[sound] * 3),
+        rows(sound, bad, unsure),
+    )  # fmt: skip
+    assert "(policy `owner`, n = 2; the aim of 99.5 % is missed on SVHN (inside its interval))" in text
+    assert "the aim of 98 % is missed on SVHN)" in text and "the aim of 98 % is reached on all" in text
+    assert (
+        f"averaged over several: `sparse` 100.0{NBSP}±{NBSP}0.0 % of MNIST, 50.5{NBSP}±{NBSP}6.4 % of SVHN (n = 2)."
+        in text
+    )
+    assert "with a CIFAR-10 network" in text
+
+
+def test_the_price_is_what_a_twin_of_the_same_seed_can_do_more():
+    frame = [
+        row
+        for m, before in (("full", 99.0), ("small", 97.5), ("keyed", 96.0))
+        for row in strangers(m, 0, "per_task", before)
+    ]
+    frame += strangers("keyed", 1, "per_task", 90.0) + strangers("keyed", 0, "union", 0.0)
+    priced = tables.price(
+        tables.wide(pd.DataFrame(frame)), {"full": "full", "small": "small", "keyed": "small"}, "full"
+    )
+    priced = priced.xs("mnist", level="tested").reset_index().set_index(["method", "seed"])
+    assert priced.loc[("keyed", 0), ["before", "gap_full", "gap_size"]].tolist() == [96.0, 3.0, 1.5]
+    assert ("keyed", 1) not in priced.index  # no twin has that seed
+    assert priced["gap_full"]["full", 0] == 0.0
+
+
+def test_rows_of_one_recipe_differ_in_their_widths_only():
+    recipe = {"protocol": "joint", "keys": "random", "quiet": 1.0, "network_width": 0.25}
+    methods = {
+        "sparse": Method(**recipe, sum_width=4.0, seeds=1),
+        "wide": Method(**{**recipe, "network_width": 0.5}, sum_width=4.0),
+        "random keys": Method(**recipe),
+        "loud": Method(**{**recipe, "quiet": 0.0}),
+    }
+    found = tables.same_recipe(methods, "random keys")
+    assert list(found.index) == ["random keys", "sparse", "wide"] and found["k"].tolist() == [1 / 4, 1 / 16, 1 / 8]
+    shown = tables.switch_table({"sparse": methods["sparse"]})
+    assert shown.values.tolist() == [
+        ["sparse", "protocol joint, quiet 1.0, keys random, network_width 0.25, sum_width 4.0"]
+    ]
+
+
+def test_a_table_has_its_levels_first_tasks_side_by_side_and_n_last(pairs):
+    summary = tables.summarize(pairs, ["method", "tested"])
+    shown = tables.table(
+        summary.loc[["joint ce"]].map(lambda v: interval([v.mean]) if isinstance(v, Interval) else v), ["before", "gap"]
+    )
+    assert shown.to_dict("records") == [{
+        "Method": "joint ce", "MNIST: before the sum (%)": "98.0", "MNIST: gap (points)": "0.50",
+        "CIFAR-10: before the sum (%)": "56.0", "CIFAR-10: gap (points)": "26.00", "n": "3",
+    }]  # fmt: skip
+    shown = tables.table(on_mnist(pairs).assign(counts=["yes", "no"]), ["ensemble", "counts"])
+    assert shown.values.tolist() == [["independent", "–", "yes", "3"], ["joint ce", "–", "no", "3"]]
+    assert list(shown) == ["Method", "Ensemble of logits (%)", "Counts", "n"]
+
+
+def test_what_prose_and_front_page_read_is_in_the_results_file(pairs, tmp_path):
+    class Study:
+        params, results = params.read("smoke"), tmp_path
+
+        def provenance(self):
+            return {"commit": "abc"}
+
+    summary = tables.summarize(pairs, ["method", "tested"])
+    rows = tables.headline(summary.xs("mnist", level="tested"), "Task 1: MNIST", "a + b")
+    path = tables.save("01_x", Study(), tables.values_of(summary), {"t": tables.table(summary, ["after"])}, rows)
+    assert path == tmp_path / "smoke" / "01_x.json"
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved["values"]["joint_ce.after_mnist"] == 97.5 and "joint_ce.ensemble_mnist" not in saved["values"]
+    assert saved["tables"]["t"]["rows"][1][0] == "joint ce" and saved["provenance"] == {"commit": "abc"}
+    assert saved["headline"][1]["networks"] == "a + b, joint ce" and saved["headline"][1]["n"] == 3
+    assert Interval(**saved["headline"][1]["control"]) == interval([9.0] * 3)
+
+
+def test_a_page_says_which_data_it_was_made_from():
+    images = {"train": 9000, "val": 1000, "test": 10}
+    real = {"source": "real", "note": "exact", "images": images}
+    text = tables.data_notice({"mnist": real})
+    assert "MNIST: real (9,000 training images; exact)" in text and "not numbers" not in text
+    text = tables.data_notice({"mnist": real, "svhn": {**real, "source": "stand-in"}})
+    assert "SVHN: **synthetic stand-in**" in text and "not numbers of the real dataset" in text
+
+
+def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
+    def row(method, after):
+        cells = {"before": 98.0, "after": after, "gap": 98.0 - after, "control": 9.0}
+        shown = {"task": "Task 1: MNIST", "method": method, "networks": f"sum, {method}", "n": 1}
+        return shown | {name: interval([value])._asdict() for name, value in cells.items()}
+
+    provenance = {
+        "params": {
+            "profile": "p", "arch": "vgg8", "width": 1.0, "train_images": 10, "epochs": 1, "epoch_images": 9,
+            "seeds": 1, "rows": {"joint ce": {"protocol": "joint"}}, "parts": {},
+        },
+        "data": {
+            "mnist": {"source": "real", "note": "exact", "checksum": "ab", "images": {"train": 9, "val": 1, "test": 5}}
+        },
+        "device": "CPU", "precision": "float32", "versions": {"torch": "2"}, "commit": "abc",
+        "training_seconds": {"run": 60.0}, "measuring_seconds": 30.0,
+    }  # fmt: skip
+    content = {"headline": [row("joint ce", 97.5), row("independent", 11.0)], "provenance": provenance}
+    page.write_headline(tmp_path, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "01_mnist_cifar10.json").write_text(json.dumps(content))
+    page.write_headline(tmp_path, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "headline.json").read_text())["tables"]
+    assert made["headline"]["rows"][0] == ["Task 1: MNIST", "sum, joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
+    assert made["answer"]["rows"] == [
+        ["trained apart", "98.0 → 11.0", "loses the skill"],
+        ["trained to be added", "98.0 → 97.5", "keeps the skill"],
+    ]
+    assert made["data"]["rows"] == [["MNIST", "real: exact", "9", "1", "5", "ab…"]]
+    assert made["times"]["rows"] == [["01_mnist_cifar10", "1", "1.0", "0.5"], ["all", "1", "1.0", "0.5"]]
+    assert ["method: joint ce", "{'protocol': 'joint'}"] in made["provenance"]["rows"]
+    first = (tmp_path / "out" / "headline.png").read_bytes()
+    page.write_headline(tmp_path, tmp_path / "out")
+    assert (tmp_path / "out" / "headline.png").read_bytes() == first
+
+
+LAYERS = pd.DataFrame(
+    [
+        {"method": m, "layer": layer, "norm_ratio": 1.1, "cosine": 0.1, "explained": 0.5, "overlap": 1.0}
+        for m in ("independent", "joint ce")
+        for layer in ("conv1_1", "conv2_1", "fc3")
+    ]
+)
+HISTORY = [{"epoch": e, **{f"{k}_{n}": 1.0 * e for k in ("loss", "val") for n in ("main", "support")}} for e in (1, 2)]
+
+
+def _figures():
+    """Every figure, by name, with rows whose labels are as long as the longest of the study."""
+    long = "disjoint keys without quiet, gradient to main only"
+    frame = [row for m in ("joint ce", long) for s in (0, 1) for row in strangers(m, s, mnist=98.0 - s)]
+    frame += [
+        measured(m, s, "sum", t, 50.0 + d, draw=d)
+        for m in ("joint ce", long)
+        for s in (0, 1)
+        for d in (1, 2)
+        for t in ("mnist", "svhn")
+    ]
+    drawn = tables.wide(pd.DataFrame(frame))
+    rows = drawn.xs(0, level="draw", drop_level=False)
+    summary, redrawn = (tables.summarize(r, ["method", "tested"]) for r in (rows, drawn))
+    policies = tables.summarize(rows, ["method", "policy", "tested"]).xs("mnist", level="tested")["after"]
+    grid = {"coefficients": [0.0, 0.5, 1.0, 1.5], **dict.fromkeys(("mnist", "svhn"), np.eye(4).tolist())}
+    steps = pd.DataFrame(
+        {"setting": setting, "way": way, "label": f"`{way}`", "ratio_to_floor": 1.1, "ratio_quartiles": [1.0, 1.2]}
+        for setting in ("a, batch 1", "a, batch 2")
+        for way in ("floor", "ours")
+    )
+    on_one = summary.xs("mnist", level="tested")
+    overlap = {"joint ce": 1.0, long: 0.25}
+    return {
+        "before_after": plots.before_after(on_one, "message", "MNIST"),
+        "unmet": plots.unmet(summary, "message"),
+        "curves": plots.curves({"joint ce": HISTORY, "random keys": HISTORY}, "MNIST", "CIFAR-10", "message"),
+        "layers": plots.layers(LAYERS, "message"),
+        "plane": plots.plane({"joint ce": grid}, ("mnist", "svhn"), "message"),
+        "policies": plots.policies({"MNIST": policies}, ["owner", "union", "per_task"], "message"),
+        "why": plots.why(LAYERS, summary, "message"),
+        "overlap": plots.against_overlap(
+            summary.loc[[long]], summary.loc[["joint ce"]], overlap, summary["other"][long], "message"
+        ),
+        "draws": plots.draws(drawn, redrawn, "message"),
+        "networks": plots.number_of_networks(pd.concat({2: rows.loc[:, ["kept"]]}, names=["networks"]), "message"),
+        "speed": plots.speed(steps, "CPU"),
+    }
+
+
+@pytest.fixture(scope="module")
+def figures():
+    plots.use_style()
+    return _figures()
+
+
+def test_figures_have_a_message_and_axes_with_units_and_n(figures):
+    said = {name: figure._suptitle.get_text() for name, figure in figures.items()}
+    assert said.pop("speed") == "The three-term step takes 1.10 to 1.10 times as long as its floor (CPU)"
+    assert set(said.values()) == {"message"}
+    for name in ("before_after", "unmet"):
+        label = figures[name].axes[0].get_xlabel()
+        assert "accuracy (%)" in label and "n = 2 seeds, bars: 95 % interval" in label
+    assert "points, n = 2 seeds" in figures["why"].axes[1].get_xlabel()
+    assert [axes.get_ylabel() for axes in figures["curves"].axes[:2]] == [
+        "training loss\n(nats)",
+        "validation\naccuracy (%)",
+    ]
+    assert figures["layers"].axes[0].get_ylabel() == "‖W_main‖ / ‖W_support‖"
+    assert "coefficient of θ of MNIST" in figures["plane"].axes[0].get_ylabel()
+    assert [t.get_text() for t in figures["policies"].axes[0].get_xticklabels()] == ["owner", "union", "per\ntask"]
+    assert "channels in common" in figures["overlap"].axes[0].get_xlabel()
+    assert figures["draws"].axes[0].get_yticklabels()[0].get_text() == "joint ce (n = 2)"
+
+
+def test_no_two_lines_of_a_figure_look_the_same():
+    plots.use_style()
+    rows = [{"method": f"m{i}", "layer": x, "norm_ratio": 1.0, "cosine": 0.0} for i in range(30) for x in ("a", "b")]
+    lines = plots.layers(pd.DataFrame(rows), "message").axes[0].get_lines()[:30]
+    assert len({(line.get_marker(), line.get_color()) for line in lines}) == 30
+
+
+def test_examples_are_the_first_of_each_class_and_stand_ins_are_marked(datasets):
+    figure = plots.examples(list(datasets.values()), "message")
+    assert len(figure.axes) == 20 and figure.axes[10].get_ylabel() == "CIFAR-10\n(stand-in)"
+    shown = figure.axes[13].images[0].get_array()
+    first = datasets["cifar10"].test_images[3].permute(1, 2, 0)
+    assert (shown == first.numpy()).all() and datasets["cifar10"].test_labels[3] == 3
+
+
+def test_a_long_message_is_broken_into_lines_that_fit():
+    figure = plots.number_of_networks(
+        pd.DataFrame(
+            {"kept": [90.0]}, pd.MultiIndex.from_tuples([("a", "mnist", 2)], names=["method", "tested", "networks"])
+        ),
+        "word " * 40,
+    )
+    figure.draw_without_rendering()
+    assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
+
+
+FIGURES = (
+    "before_after",
+    "unmet",
+    "curves",
+    "layers",
+    "plane",
+    "policies",
+    "why",
+    "overlap",
+    "draws",
+    "networks",
+    "speed",
+)
+
+
+def _texts(figure):
+    """The boxes of a figure's message, legends, titles and labels, as far as they are drawn."""
+    found = [figure._suptitle, *figure.legends]
+    for axes in figure.axes:
+        found += [axes.xaxis.label, axes.yaxis.label, axes._left_title]
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            found += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+    return [(t, t.get_window_extent().padded(-1)) for t in found if t.get_visible() and getattr(t, "_text", "a legend")]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_no_text_of_a_figure_runs_into_another(figures, name):
+    figures[name].draw_without_rendering()
+    for (a, of_a), (b, of_b) in itertools.combinations(_texts(figures[name]), 2):
+        assert not of_a.overlaps(of_b), (a, b)
+
+
+PUBLISHED = Path(__file__).parent.parent / "book" / "published"
+
+
+def test_the_readme_shows_the_published_numbers():
+    readme = (PUBLISHED.parent.parent / "README.md").read_text(encoding="utf-8")
+    assert page.readme_headline(PUBLISHED) in readme
+
+
+def test_the_published_run_is_whole_and_names_its_data_and_commit():
+    content = json.loads((PUBLISHED / "headline.json").read_text(encoding="utf-8"))
+    assert content["provenance"]["commit"] not in ("", "unknown")
+    for name, described in content["provenance"]["data"].items():
+        assert described["source"] in ("real", "stand-in"), name
+    for path in PUBLISHED.iterdir():
+        assert path.stat().st_size < 2 * 2**20, path
+        if path.suffix in (".json", ".ipynb", ".yaml"):
+            assert not re.search(r"[\"' ]/(?:home|root|work|tmp|Users)/", path.read_text(encoding="utf-8")), path
+
+
+def test_publishing_replaces_the_readme_block_only(tmp_path):
+    source, readme = tmp_path / "run", tmp_path / "README.md"
+    source.mkdir()
+    for path in PUBLISHED.glob("[0-9]*"):
+        (source / path.name).write_bytes(path.read_bytes())
+    files = [*source.iterdir(), *PUBLISHED.glob("bench.*")]
+    readme.write_text(f"before\n{page._BEGIN}old\n{page._END}after\n", encoding="utf-8")
+    page.publish(files, source, tmp_path / "book" / "published", readme)
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert page.readme_headline(PUBLISHED) in text
+    assert (tmp_path / "book" / "published" / "params.yaml").exists()
+    made = json.loads((tmp_path / "book" / "published" / "headline.json").read_text(encoding="utf-8"))["tables"]
+    (line,) = made["profiles"]["rows"]  # one profile was run there: this one
+    assert line[2:] == made["times"]["rows"][-1][1:] and float(line[3]) > 0
+    page.write_headline(tmp_path / "book" / "published", tmp_path / "again")  # and the stored run keeps it
+    again = json.loads((tmp_path / "again" / "headline.json").read_text(encoding="utf-8"))["tables"]
+    assert again["profiles"] == made["profiles"]
+    assert again["answer"] == made["answer"] and again["provenance"] == made["provenance"]
+
+
+API = (PUBLISHED.parent / "api.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", weightsum_lib.__all__)
+def test_every_public_name_is_on_the_library_page(name):
+    assert len(re.findall(rf"^\.\. auto\w+:: weightsum_lib\.{name}(?:\(.*\))?$", API, re.MULTILINE)) == 1
+
+
+def test_the_library_page_documents_what_is_there():
+    for path in re.findall(r"^\.\. auto\w+:: ([\w.]+)", API, re.MULTILINE):
+        found = pkgutil.resolve_name(path)
+        assert found.__doc__.strip(), path
+        if path.count(".") > 1 and not path.endswith("study.measure"):
+            assert found.__module__ == path.rpartition(".")[0]

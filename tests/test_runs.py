@@ -1,0 +1,281 @@
+"""Runs on request: trained once, keyed by what they use, whoever trains them."""
+
+import ast
+import os
+import time
+from dataclasses import asdict, field, make_dataclass, replace
+
+import pytest
+import torch
+from conftest import tiny_params
+
+from weightsum_lib.study import runs, store
+from weightsum_lib.study.config import RunConfig
+from weightsum_lib.study.params import Method, Params, ParamsError
+from weightsum_lib.study.runs import Study, run_key
+
+
+@pytest.fixture
+def lines(monkeypatch, tmp_path):
+    """The progress lines that a study has said."""
+    path = tmp_path / "progress"
+    path.touch()
+    monkeypatch.setenv(runs.PROGRESS_VARIABLE, str(path))
+    return lambda: path.read_text().splitlines()
+
+
+def test_a_run_is_trained_once_and_then_read(tiny, lines):
+    first = Study(tiny)
+    config = first.config("joint ce", "mnist", "cifar10")
+    trained = first.run(config)
+    assert len(lines()) == tiny.epochs
+    assert "run 1/1 joint ce mnist+cifar10 seed 0 | epoch 1/2" in lines()[0] and lines()[-1].endswith("0.0 min left")
+    again = Study(tiny).run(config)
+    assert len(lines()) == tiny.epochs
+    for a, b in zip(trained.networks["support"].parameters(), again.networks["support"].parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert again.history == trained.history and not again.networks["main"].training
+    made = store.read_json(first.folder(config) / "run.json")["made_with"]
+    assert made["torch"] == torch.__version__.split("+")[0] and made["commit"] == first.commit
+
+
+DIGESTS = {"mnist": "a", "cifar10": "b"}
+
+
+def configs():
+    """A run of each kind that there is."""
+    random = Method("joint", "ce", symmetric=True, keys="random", network_width=0.25, permuted_support=0.8)
+    for method in (Method(), Method("joint", "ce"), replace(random, quiet=1.0), Method("sequential")):
+        yield RunConfig(method, "mnist", "" if method.protocol == "independent" else "cifar10")
+    yield RunConfig(Method("joint", "distill"), "mnist", "cifar10", arch="vgg16")
+
+
+def keys():
+    store._parsed.cache_clear(), store.reached.cache_clear()
+    return [run_key(config, DIGESTS, "cpu") for config in configs()]
+
+
+@pytest.fixture
+def edited(monkeypatch):
+    """A function that gives the runs' keys after an edit of a module's source."""
+    sources = dict(store._SOURCES)
+    monkeypatch.setattr(store, "_SOURCES", sources)
+    before = keys()
+
+    def edit(module, old, new):
+        text = sources[module]
+        assert old in text
+        sources[module] = text.replace(old, new, 1)
+        ast.parse(sources[module])
+        after = keys()
+        sources[module] = text
+        return [a == b for a, b in zip(before, after, strict=True)]
+
+    yield edit
+    monkeypatch.undo()
+    keys()
+
+
+ADDED = {
+    "an architecture": ("core.models", "\ndef vgg16(", "\nclass Wide(nn.Module):\n    depth = 3\n\n\ndef vgg16("),
+    "a residual network": (
+        "core.models",
+        "\ndef vgg16(",
+        "\ndef resnet99(width=1.0):\n    return VGG(9)\n\n\ndef vgg16(",
+    ),
+    "a reading": ("core.losses", "\ndef none(", "\ndef hinge(*z):\n    return 0\n\n\ndef none("),
+    "a merger": ("core.merging", "\ndef ", "\ndef ties(networks):\n    return networks[0]\n\n\ndef "),
+    "a dataset": ("study.params", 'DATASETS = {"mnist"', 'DATASETS = {"kmnist": "KMNIST", "mnist"'),
+    "a measurement": ("study.measure", "\ndef ", "\ndef flatness(study):\n    return 0\n\n\ndef "),
+    "a switch": (
+        "study.params",
+        "    equal_norms: bool",
+        '    loud: float = _switch(0.0, "loud")\n    equal_norms: bool',
+    ),
+    "a switch's code": (
+        "study.train",
+        "\ndef term_quiet(",
+        "\ndef term_loud(step):\n    return 0\n\n\ndef term_quiet(",
+    ),
+    "a knob": ("study.config", "    epochs: int = 1\n", "    epochs: int = 1\n    patience: int = 0\n"),
+    "a docstring": ("study.train", '"""SGD with', '"""Plain SGD with'),
+    "a comment": ("study.train", "_MAX_GRADIENT = 5.0  # L2", "_MAX_GRADIENT = 5.0  # the L2"),
+    "an annotation": ("study.train", "progress: float) -> float:", "progress: int) -> int:"),
+    "a line that is stored": ("study.store", "chmod(0o644)", "chmod(0o640)"),
+}
+
+
+@pytest.mark.parametrize("what", ADDED)
+def test_what_a_run_does_not_use_changes_no_key(edited, what):
+    assert all(edited(*ADDED[what]))
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new", "same"),
+    [
+        ("study.train", "_MAX_GRADIENT = 5.0", "_MAX_GRADIENT = 4.0", [False] * 5),
+        ("study.train", "_uniformity(by_support) +", "2 * _uniformity(by_support) +", [True, True, False, True, True]),
+        ("core.losses", '"batchmean"', '"sum"', [True, True, True, True, False]),
+        ("core.models", "_HIDDEN = 4096", "_HIDDEN = 4095", [False] * 5),
+        ("core.batchnorm", "mean = values.mean(0)", "mean = 2 * values.mean(0)", [False] * 5),
+    ],
+)
+def test_an_edit_changes_the_keys_of_the_runs_that_use_it_and_no_others(edited, module, old, new, same):
+    assert edited(module, old, new) == same
+
+
+def test_a_switch_or_a_default_that_a_run_reads_is_in_its_key(monkeypatch):
+    """Also at its default: should the default be changed, the key would follow."""
+    (_, pair, *_), read = configs(), []
+    monkeypatch.setattr(store, "content_key", lambda content: read.append(content) or "key")
+    run_key(pair, DIGESTS, "cpu")
+    method, config = read[-1]["method"], read[-1]["config"]
+    assert method["symmetric"] is False and method["third"] == "ce" and "seeds" not in method and "quiet" not in method
+    assert config["batch_size"] == 128 and config["precision"] == "float32"
+    new = make_dataclass("New", [("loud", float, field(default=0.0))], bases=(Method,), frozen=True)
+    run_key(replace(pair, method=new(**asdict(pair.method))), DIGESTS, "cpu")
+    assert read[-1]["method"] == method
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"batch_size": 64}, {"precision": "bfloat16"}, {"main": "svhn"}])
+def test_the_key_depends_on_the_configuration(change):
+    for config in configs():
+        assert run_key(config, DIGESTS, "cpu") != run_key(replace(config, **change), DIGESTS, "cpu")
+
+
+def test_the_key_depends_on_data_device_and_versions(monkeypatch):
+    config = RunConfig(Method(), "mnist")
+    key = run_key(config, DIGESTS, "cpu")
+    assert run_key(config, {"mnist": "c"}, "cpu") != key and run_key(config, DIGESTS, "cuda") != key
+    monkeypatch.setattr(runs, "version", lambda name: "2.99.1")
+    other = run_key(config, DIGESTS, "cpu")
+    monkeypatch.setattr(runs, "version", lambda name: "2.99.7")
+    assert run_key(config, DIGESTS, "cpu") == other != key  # the minor version, not the patch
+
+
+def test_damaged_weights_are_not_used(tiny):
+    study = Study(tiny)
+    configs = [study.config("independent", name) for name in ("mnist", "svhn")]
+    study.train_all(configs)
+    mnist, svhn = (study.folder(c) / "networks.safetensors" for c in configs)
+    whole = mnist.read_bytes()
+    for broken in (whole[:-1], whole[:-5] + b"\x01" + whole[-4:], b"", svhn.read_bytes()):
+        mnist.write_bytes(broken)
+        with pytest.raises(RuntimeError, match=r"networks.safetensors is damaged, missing or another run's; delete"):
+            Study(tiny).run(configs[0])
+
+
+def test_a_checkpoint_or_a_run_that_cannot_be_read_counts_as_absent(tiny, lines):
+    study = Study(tiny)
+    config = study.config("independent", "mnist")
+    wanted = study.run(config)
+    folder = study.folder(config)
+    (folder / "checkpoint.safetensors").write_bytes(b"")
+    (folder / "run.json").write_text("")
+    (folder / ".run.json.killed").write_text("{")
+    again = Study(tiny).run(config)
+    assert len(lines()) == 2 * tiny.epochs  # it was trained again, from its first epoch
+    for p, q in zip(wanted.networks["main"].parameters(), again.networks["main"].parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert sorted(path.name for path in folder.iterdir()) == ["networks.safetensors", "run.json"]
+
+
+def test_fine_tuning_from_the_sum_trains_its_parents_first(tiny, lines):
+    study = Study(tiny)
+    study.run(study.config("sequential", "mnist", "cifar10", start="sum"))
+    said = [line.split(" | ")[0].split(" ", 2)[2] for line in lines()]
+    assert list(dict.fromkeys(said)) == [
+        "independent mnist seed 0",
+        "independent cifar10 seed 0",
+        "sequential from sum mnist seed 0",
+    ]
+
+
+def test_networks_trained_at_once_are_those_trained_one_by_one(tmp_path, lines, monkeypatch):
+    """Whatever the number of networks and of threads, and every one of them says a line an epoch."""
+    made = []
+    monkeypatch.setattr(runs, "_MOST_AT_ONCE", 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    for at_once, threads in ((0, 1), (1, 2)):
+        study = Study(tiny_params(tmp_path / str(at_once), networks_at_once=at_once))
+        configs = [
+            study.config("sequential", "mnist", "cifar10", start="sum"),
+            study.config("sequential", "mnist", "cifar10", start="main"),
+            study.config("random keys", "mnist", "cifar10"),
+        ]
+        torch.set_num_threads(threads)
+        try:
+            study.train_all(configs)
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+        made.append([study.run(config).networks for config in configs])
+    said = lines()
+    assert len(said) == 2 * (2 * 2 + 2 + 2 * 1)  # two parents and a pair of two epochs, two fine-tunings of one
+    assert ["sequential" in line for line in said[:8]] == [False] * 6 + [True] * 2  # parents first
+    assert {line.split(" ")[1] for line in said[:8]} == {f"{i}/5" for i in range(1, 6)}
+    assert said[7].endswith("0.0 min left")
+    for a, b in zip(*made, strict=True):
+        for role in a:
+            for p, q in zip(a[role].state_dict().values(), b[role].state_dict().values(), strict=True):
+                assert torch.equal(p, q)
+
+
+def test_what_goes_wrong_in_a_worker_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    study = Study(tiny_params(tmp_path, networks_at_once=2, learning_rate=99.0))
+    configs = [study.config("independent", name) for name in ("mnist", "cifar10")]
+    with pytest.raises(FloatingPointError, match=r"independent .* not finite in epoch 1, step \d .*; lower learning"):
+        study.train_all([replace(c, learning_rate=1e30) for c in configs])
+    monkeypatch.setattr(store, "code_digest", lambda *roots: "edited since")
+    with pytest.raises(RuntimeError, match="was edited while it ran"):
+        study.train_all(configs)
+    assert not list(study.results.glob("runs/*/run.json"))
+
+
+def test_who_waits_for_another_process_says_so(tmp_path, lines):
+    lock = store.lock(tmp_path / "training.lock")
+    with lock:
+        import threading
+
+        def wait():
+            with runs._alone(tmp_path / "training.lock"):
+                pass
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while thread.is_alive() and not lines():
+            time.sleep(0.01)
+        assert lines() == ["another process trains networks of this study; waiting until it has ended"]
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):
+    monkeypatch.delenv(runs.PROGRESS_VARIABLE, raising=False)
+    runs.report_progress("a line")
+    assert capsys.readouterr().err == "a line\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_missed_before_training(tiny):
+    with pytest.raises(ParamsError, match=r"no GPU here. Use PROFILE=quick, or DEVICE=cpu"):
+        Study(Params(**{**vars(tiny), "device": "cuda"}))
+    assert runs.pick_device("auto") == torch.device("cpu")
+
+
+def test_bfloat16_only_where_the_processor_has_it(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(runs, "_cpu_flags", lambda: {"avx2"})
+    assert runs.pick_precision(cpu) == "float32"
+    monkeypatch.setattr(runs, "_cpu_flags", lambda: {"avx2", "avx512_bf16"})
+    assert runs.pick_precision(cpu) == "bfloat16"
+
+
+def test_what_code_reads_from_a_file_of_the_package_is_in_its_digest(monkeypatch):
+    root = "study.synthetic:synthesize"
+    before, train = store.code_digest(root), store.code_digest("study.train:train")
+    monkeypatch.setattr(store, "_DATA", {"strokes.json": "[]"})
+    store.reached.cache_clear()
+    assert store.code_digest(root) != before and store.code_digest("study.train:train") == train
+    store.reached.cache_clear()

@@ -1,0 +1,177 @@
+"""The front page's tables, figure and provenance, from the results of all notebooks; and the published run."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from weightsum_lib.report import plots
+from weightsum_lib.report.findings import KEEPS, verdict_of
+from weightsum_lib.report.tables import Interval, as_json, data_notice, table, title
+from weightsum_lib.study import store
+from weightsum_lib.study.params import BASELINE, DISJOINT, RANDOM, SPARSE, TRAINED
+
+_NOTEBOOKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_transfers")
+_ANSWERS = (  # the two networks, the tasks that tested them, the row
+    ("trained apart", ("Task 1", "Task 2"), BASELINE),
+    ("trained to be added", ("Task 1", "Task 2"), TRAINED),
+    ("that never met, each trained to be added to another", ("Task 3",), TRAINED),
+    ("that never met, with random keys", ("Task 3",), RANDOM),
+    ("that never met, with random keys in a sum four times as wide", ("Task 3",), SPARSE),
+    ("that never met, with disjoint keys", ("Task 3",), DISJOINT),
+)
+
+
+def _results(folder: Path) -> dict[str, dict]:
+    """The results of a run by notebook; one that failed has none."""
+    found = {name: store.read_json(folder / f"{name}.json") for name in _NOTEBOOKS}
+    return {name: content for name, content in found.items() if content}
+
+
+def write_headline(folder: Path, target: Path) -> None:
+    """Write ``headline.json`` and ``headline.png`` into ``target`` from the results in ``folder``.
+
+    Each notebook offers rows for the headline: what is summed, accuracy before and after (intervals), n.
+    Notebooks that have no results are left out; the pages that quote them say so.
+    """
+    found = _results(folder)
+    rows = pd.DataFrame([row for content in found.values() for row in content["headline"]])
+    if rows.empty:
+        return
+    rows = rows.rename(columns={"control": "other"})
+    for column in ("before", "after", "gap", "other"):
+        rows[column] = [Interval(**cell) for cell in rows[column]]
+    rows["verdict"] = rows.apply(verdict_of, axis=1)
+    keeping = f"{(rows['verdict'] == KEEPS).sum()} of {len(rows)} sums keep 99 % of the accuracy that the network had"
+    labels = rows["task"] + ": " + rows["networks"].str.replace("θ of ", "")
+    plots.use_style()
+    target.mkdir(parents=True, exist_ok=True)
+    plots.save(plots.before_after(rows.set_index(labels), f"{keeping} before"), target / "headline.png")
+    last = list(found.values())[-1]["provenance"]
+    data = {name: d for content in found.values() for name, d in content["provenance"]["data"].items()}
+    tables = {
+        "answer": _answer(rows),
+        "headline": table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"]),
+        "data": _data(data),
+        "provenance": _provenance(last),
+        "times": _times(found),
+        "profiles": _profiles(folder),
+    }
+    content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last}
+    content["values"] = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
+    content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
+    store.write_json(target / "headline.json", content)
+
+
+def _answer(rows: pd.DataFrame) -> pd.DataFrame:
+    """The headline in a line a way of training: accuracy before and after the sum, and what that makes of the skill."""
+    ends = [f"{before} → {after}" for before, after in zip(rows["before"], rows["after"], strict=True)]
+    rows, lines = rows.assign(tested=rows["task"].str.partition(": ")[2], ends=ends), []
+    for networks, tasks, method in _ANSWERS:
+        found = rows[(rows["method"] == method) & rows["task"].str.startswith(tasks)].set_index("tested")
+        if not found.empty:
+            verdicts = found["verdict"]
+            each = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items())
+            shown = found["ends"].reindex(rows["tested"].unique(), fill_value="–")
+            lines.append([networks, *shown, each if verdicts.nunique() > 1 else verdicts.iloc[0]])
+    columns = [f"{name}: before → after (%)" for name in rows["tested"].unique()]
+    return pd.DataFrame(lines, columns=["Two networks", *columns, "Their sum"])
+
+
+def _run_notice(provenance: Mapping) -> str:
+    p = provenance["params"]
+    return (
+        f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
+        f"each set, {p['epochs']} epochs of {p['epoch_images']:,} images, {p['seeds']} "
+        f"seed{'s' if p['seeds'] > 1 else ''}, on {provenance['device']} in {provenance['precision']}."
+    )
+
+
+def _data(data: Mapping[str, dict]) -> pd.DataFrame:
+    rows = {
+        title(name): [f"{d['source']}: {d['note']}", *(f"{d['images'][split]:,}" for split in ("train", "val", "test"))]
+        for name, d in data.items()
+    }
+    columns = ["Source", "Training", "Validation", "Test"]
+    found = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("Dataset").reset_index()
+    return found.assign(**{"SHA-256 of the file": [d["checksum"][:16] + "…" for d in data.values()]})
+
+
+def _provenance(of: Mapping) -> pd.DataFrame:
+    """Software, device and parameters; the stored run has its rows under ``methods``."""
+    rows = {label: m for kind in ("methods", "rows", "parts") for label, m in of["params"].get(kind, {}).items()}
+    unsaid = ("methods", "rows", "parts", "data_dir", "results_dir")
+    what = {"device": of["device"], "precision of the forward pass": of["precision"], **of["versions"]}
+    what |= {"commit of the code": of["commit"], **{k: v for k, v in of["params"].items() if k not in unsaid}}
+    what |= {f"method: {label}": switches for label, switches in rows.items()}
+    return pd.DataFrame(what.items(), columns=["What", "Value"])
+
+
+_TIMES = ["Networks", "Training (minutes)", "Evaluation (minutes)"]
+
+
+def _times(found: Mapping[str, dict]) -> pd.DataFrame:
+    """What each notebook took, and all together: a network that several of them use is trained once."""
+    of = {name: content["provenance"] for name, content in found.items()}
+    runs = {run: seconds for each in of.values() for run, seconds in each["training_seconds"].items()}
+    of["all"] = {"training_seconds": runs, "measuring_seconds": sum(p["measuring_seconds"] for p in of.values())}
+    seconds = {name: (p["training_seconds"].values(), p["measuring_seconds"]) for name, p in of.items()}
+    rows = [(name, len(runs), round(sum(runs) / 60, 1), round(rest / 60, 1)) for name, (runs, rest) in seconds.items()]
+    return pd.DataFrame(rows, columns=["Notebook", *_TIMES])
+
+
+def _profiles(folder: Path) -> pd.DataFrame:
+    """What each profile took that was run beside this one; a published run keeps its own table."""
+    kept = store.read_json(folder / "headline.json")
+    if kept:
+        return pd.DataFrame(kept["tables"]["profiles"]["rows"], columns=kept["tables"]["profiles"]["columns"])
+    rows = []
+    for found in map(_results, sorted(folder.parent.iterdir())):
+        if len(found) == len(_NOTEBOOKS):
+            last = found[_NOTEBOOKS[-1]]["provenance"]
+            rows.append([last["params"]["profile"], last["device"], *_times(found).astype(str).iloc[-1, 1:]])
+    return pd.DataFrame(rows, columns=["Profile", "Device", *_TIMES])
+
+
+def publish(files: Sequence[Path], folder: Path, target: Path, readme: Path) -> None:
+    """Keep a finished run as the published one, and bring the README's headline up to date.
+
+    Args:
+        files: what to keep: executed notebooks, their results, the measured speed.
+        folder: the profile's results.
+        target: ``book/published``; what was there is replaced.
+        readme: the README.
+    """
+    aside = target.with_name(f".{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for path in files:
+        shutil.copyfile(path, aside / path.name)
+    write_headline(folder, aside)
+    params = store.read_json(aside / "headline.json")["provenance"]["params"]
+    text = "# The parameters of this run, overrides included.\n" + yaml.safe_dump(params, sort_keys=False)
+    (aside / "params.yaml").write_text(text, encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
+    head, rest = readme.read_text(encoding="utf-8").split(_BEGIN)
+    tail = rest.split(_END)[1]
+    readme.write_text(head + _BEGIN + readme_headline(target) + _END + tail, encoding="utf-8")
+
+
+_BEGIN, _END = "<!-- headline: from book/published -->\n", "<!-- /headline -->\n"
+
+
+def readme_headline(published: Path) -> str:
+    """The README's table and figure, in Markdown, from the published run."""
+    content = store.read_json(published / "headline.json")
+    values, tables = content["values"], []
+    for shown in (content["tables"][name] for name in ("answer", "headline")):
+        lines = [shown["columns"], ["---"] * len(shown["columns"]), *shown["rows"]]
+        tables.append("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+    return (
+        "\n\n".join(tables)
+        + "\n\n![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)\n\n"
+        + f"{values['run_notice']} {values['data_notice'].replace('on this page', 'in this table')}\n"
+    )

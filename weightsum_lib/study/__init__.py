@@ -1,0 +1,1 @@
+"""One run of the study, all its runs, and what is measured on them."""

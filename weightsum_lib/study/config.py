@@ -1,0 +1,137 @@
+"""What makes a run: its frozen configuration, its random streams, its untrained networks, and where they lie."""
+
+import functools
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from weightsum_lib.core import models
+from weightsum_lib.core.channels import hidden_channels
+from weightsum_lib.core.keys import Channels, Key, deal, draw
+from weightsum_lib.core.models import memory_format
+from weightsum_lib.study.params import Method
+
+_TRACED = 1 / 8  # width of the network in which an architecture's channels are looked for
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run depends on besides its datasets and the code.
+
+    ``method.protocol`` is "independent" (one network on ``main``), "joint" (a pair, with the third term on its
+    sum) or "sequential" (fine-tuning on ``main`` from ``start``: "sum" of two independent networks, "main" alone,
+    or "random" weights). ``width`` is that of the profile; a network has ``method.network_width`` times, and the
+    network in which a pair is summed ``method.sum_width`` times that.
+    """
+
+    method: Method
+    main: str
+    support: str = ""
+    seed: int = 0
+    start: str = "random"
+    arch: str = "vgg8"
+    in_channels: int = 3
+    width: float = 1.0
+    dropout: float = 0.25
+    epoch_images: int = 50_000
+    epochs: int = 1
+    finetune_epochs: int = 0
+    batch_size: int = 128
+    learning_rate: float = 0.02
+    weight_decay: float = 5e-4
+    third_ramp: float = 0.0
+    permuted_ramp: float = 0.0
+    precision: str = "float32"
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """The datasets of the networks that this run trains, by role."""
+        return {"main": self.main, "support": self.support} if self.method.protocol == "joint" else {"main": self.main}
+
+    @property
+    def trained_epochs(self) -> int:
+        """Epochs that this run itself trains."""
+        return self.finetune_epochs if self.method.protocol == "sequential" else self.epochs
+
+    @property
+    def work(self) -> float:
+        """Forward and backward passes of an image through one network in the whole run, a measure of the work."""
+        passes = 3 + self.method.symmetric if self.method.protocol == "joint" else 1
+        return passes * self.trained_epochs * self.epoch_images
+
+    def describe(self) -> str:
+        """A short name for a line on the terminal."""
+        m = self.method
+        words = {
+            m.protocol: True,
+            m.third: m.protocol == "joint",
+            f"from {self.start}": m.protocol == "sequential",
+            "from a shared start": m.start != "random",
+            f"{m.keys} keys {m.network_width / m.sum_width:g}": m.keys != "none",
+            "symmetric": m.symmetric,
+            "permuted": m.permuted_support,
+            f"{'+'.join(self.roles.values())} seed {self.seed}": True,
+        }
+        return " ".join(word for word, said in words.items() if said)
+
+    def stream(self, role: str, purpose: str) -> int:
+        """The seed of one random stream: no two networks share one unless they are the same network.
+
+        A support network has streams of its own for each main task, so that the main networks of two
+        pairs never meet through it.
+        """
+        owner = {
+            "independent": f"{self.main} alone",
+            "joint": f"{self.main} with support" if role == "main" else f"{self.support} as support of {self.main}",
+            "sequential": f"{self.main} fine-tuned from {self.start}",
+        }[self.method.protocol]
+        if self.method.start == "shared" and purpose == "initialization":
+            owner = "shared start"
+        text = f"{self.seed}/{owner}/{purpose}"
+        return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def build(config: RunConfig, role: str = "main") -> nn.Module:
+    """The untrained network of a run, its weights drawn from its own stream."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.stream(role, "initialization"))
+        network = getattr(models, config.arch)(
+            in_channels=config.in_channels,
+            width=config.width * config.method.network_width,
+            dropout=config.dropout,
+            centered_scale=config.method.centered_scale,
+        )
+    return network.to(memory_format=memory_format(channels_of(config).sizes.values()))
+
+
+def channels_of(config: RunConfig) -> Channels:
+    """The hidden channels of a run's networks."""
+    return _channels(config.arch, config.in_channels, config.width * config.method.network_width)
+
+
+@functools.cache
+def _channels(arch: str, in_channels: int, width: float) -> Channels:
+    """Those of an architecture, found and proven on a small network of it, at some width."""
+    if width != _TRACED:
+        known, sizes = _channels(arch, in_channels, _TRACED), {}
+        with torch.device("meta"):
+            shapes = {name: t.shape for name, t in getattr(models, arch)(in_channels, width=width).state_dict().items()}
+        for name, axes in known.axes.items():
+            sizes |= {group: shapes[name][axis] // each for axis, group, each in axes}
+        return Channels(known.axes, {group: sizes[group] for group in known.sizes})
+    with torch.random.fork_rng(devices=[]):
+        network = getattr(models, arch)(in_channels, width=width)
+        return hidden_channels(network, torch.zeros(2, in_channels, 32, 32))
+
+
+def key_of(config: RunConfig, role: str, block: int) -> Key | None:
+    """The key of one network of a run while it trains: None, its own draw, or the dealt ``block`` of disjoint keys."""
+    m = config.method
+    if m.keys == "none":
+        return None
+    room = m.sum_width / m.network_width
+    if m.keys == "disjoint":
+        return deal(channels_of(config), room, block)
+    return draw(channels_of(config), room, torch.Generator().manual_seed(config.stream(role, "key")))

@@ -1,0 +1,291 @@
+"""The datasets as uint8 32×32 colour images: prepared file, else torchvision's download, else a stand-in.
+
+And the tasks that are made from them: :func:`variant`.
+"""
+
+import contextlib
+import difflib
+import hashlib
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from weightsum_lib.study import store
+from weightsum_lib.study.params import DATASETS
+from weightsum_lib.study.synthetic import synthesize
+
+_SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
+_OFFICIAL = {"mnist": [60_000, 10_000], "cifar10": [50_000, 10_000], "svhn": [73_257, 26_032]}  # training, test images
+_EXACT = "official, exact"
+_KNOWN = {  # SHA-256 of the images and labels of a prepared file (see _content), and what a report says of them
+    "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b": _EXACT,
+    "1f7d9c3b043b39e02a02d806449c245584a1ca8a21337060d4653d7bf24874ee": "official, 139 of 60,000 images lossy",
+    "47d9c765f128ca6821e69a248d0f71f4a11ee8d03161c7cd9f6b72a6b203cbff": "cut again from the full-number images",
+}
+_TENSORS = [f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("images", "labels")]
+NO_DOWNLOAD = "WEIGHTSUM_NO_DOWNLOAD"  # set by the runner, which has tried
+
+
+class DataError(RuntimeError):
+    """A dataset that is not there or can't be trusted; the message names it and says how to mend it."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One dataset, split.
+
+    Images are uint8 (N, 3, 32, 32): MNIST is padded by two pixels and its channel repeated. Labels are
+    int64 (N,), 0–9. ``source`` is "real" or "stand-in", ``note`` says how much of the official set was found and how
+    exact it is, ``checksum`` is the SHA-256 of the file that was read (of a stand-in: of its images and labels).
+    """
+
+    name: str
+    source: str
+    note: str
+    checksum: str
+    train_images: Tensor
+    train_labels: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    def describe(self) -> dict:
+        """What a result must say of its data: source, note, checksum, the number of ``images`` in each split, and how
+        many the official set has ``of`` them (nothing for a task made from others)."""
+        images = {name.split("_")[0]: len(getattr(self, name)) for name in _TENSORS[1::2]}
+        of = dict(zip(("train", "test"), _OFFICIAL.get(self.name, []), strict=False))
+        return {"source": self.source, "note": self.note, "checksum": self.checksum, "images": images, "of": of}
+
+    @cached_property
+    def training_digest(self) -> str:
+        """SHA-256 of what training reads: the training and validation images and labels, in their order."""
+        return _sha256(*(getattr(self, name) for name in _TENSORS[:4]))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all images and labels, those for testing too."""
+        return _sha256(*(getattr(self, name) for name in _TENSORS))
+
+    def to(self, device) -> "Dataset":
+        """The same dataset on a device."""
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
+
+
+def load(
+    name: str, data_dir: str, allow_standin: Sequence[str], train_images: int, test_images: int, standin_dir: str
+) -> Dataset:
+    """Load a dataset: ``<data_dir>/<name>.safetensors``, else a download, else (if allowed) the stand-in.
+
+    A prepared file may hold a part of the official set. Which images are taken, and which tenth of the training images
+    validates, is drawn at random, the same in every run. Of the real SVHN the first training images are taken, and the
+    last tenth of these validates: neighbours in the official order are digits of one house number.
+
+    Args:
+        name: "mnist", "cifar10" or "svhn".
+        data_dir: folder of the prepared files, where a download is prepared too. Empty: neither is tried.
+        allow_standin: names of the datasets for which the synthetic stand-in may be used.
+        train_images: at most so many training images, the validation tenth among them.
+        test_images: at most so many test images.
+        standin_dir: where generated stand-ins are kept.
+
+    Raises:
+        DataError: the prepared file is damaged, or the dataset can't be had and no stand-in is allowed.
+    """
+    if name not in DATASETS:
+        raise _unknown(name)
+    path, source = Path(data_dir) / f"{name}.safetensors", "real"
+    missing = _missing(name, path) if data_dir else "no data folder is given (data_dir is empty)"
+    if not missing:
+        tensors, checksum, note = _read_prepared(name, path)
+    elif name in allow_standin:
+        counts = [min(n, most) for n, most in zip((train_images, test_images), _OFFICIAL[name], strict=True)]
+        source, tensors = "stand-in", _standin(name, *counts, Path(standin_dir))
+        checksum = _content(tensors)
+        # without the words of the error, which are others each time
+        note = "synthetic, since " + ("there is no file and the download failed" if data_dir else missing)
+    else:
+        raise DataError(
+            f"no {DATASETS[name]}: {missing}. Put a prepared {name}.safetensors (see the README, “Data”) into the "
+            f"folder DATA_DIR, or allow the synthetic stand-in with allow_standin: [{name}] in the parameter file"
+        )
+    taken = _shuffled(tensors["train_labels"])[:train_images]
+    val, train = taken.tensor_split([len(taken) // 10])
+    if name == "svhn" and source == "real":
+        train, val = torch.arange(len(taken)).tensor_split([len(train)])
+    # a part of the test images is drawn at random: the first half of MNIST's is harder than the second
+    test = _shuffled(tensors["test_labels"])[:test_images].sort().values
+
+    def part(name: str, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and labels; images become colour (N, 3, 32, 32), black around where they were smaller."""
+        images = tensors[f"{name}_images"][index]
+        images = torch.nn.functional.pad(images, ((32 - images.shape[-1]) // 2,) * 4).expand(-1, 3, -1, -1).contiguous()
+        return images, tensors[f"{name}_labels"][index].long()
+
+    return Dataset(name, source, note, checksum, *part("train", train), *part("train", val), *part("test", test))
+
+
+def _shuffled(labels: Tensor) -> Tensor:
+    return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+
+
+def _sha256(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _content(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the images and labels of a file, whichever integers its labels are."""
+    return _sha256(*(tensors[n].long() if "labels" in n else tensors[n] for n in _TENSORS[:2] + _TENSORS[4:]))
+
+
+def _read_prepared(name: str, path: Path) -> tuple[dict[str, Tensor], str, str]:
+    """Read a prepared file: tensors, checksum, note; or raise DataError if it is not what it should be.
+
+    A file is held to the checksum beside it (``<file>.sha256``, in sha256sum's format), which is
+    written when the file is first seen.
+    """
+
+    def refused(why: str) -> DataError:
+        mend = f"Delete it (and {path.name}.sha256 beside it) and put a good copy there, or let it be made again"
+        return DataError(f"{path} {why}. {mend}")
+
+    sidecar = path.with_name(path.name + ".sha256")
+    try:
+        checksum = store.file_sha256(path)
+        stated = sidecar.read_text(encoding="utf-8", errors="replace").split() if sidecar.exists() else [checksum]
+        with safe_open(path, "pt") as file:
+            tensors, written = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise refused(f"is damaged, half written or can't be read: {error}") from error
+    if checksum not in stated[:1]:
+        raise refused(f"is damaged: its SHA-256 is {checksum}, {sidecar.name} says {(stated or ['nothing'])[0]}")
+    shape, official = _SHAPES[name], _OFFICIAL[name]
+    for images, labels in (("train_images", "train_labels"), ("test_images", "test_labels")):
+        x, y = tensors.get(images), tensors.get(labels)
+        if x is None or y is None:
+            raise refused(f"has no tensor '{images if x is None else labels}', only {sorted(tensors)}")
+        if x.dtype != torch.uint8 or x.shape[1:] != shape or y.shape != x.shape[:1]:
+            got = f"{x.dtype} {tuple(x.shape)} and {tuple(y.shape)}"
+            raise refused(f"is of another form: {images} must be uint8 {('N', *shape)} with {labels} (N,); got {got}")
+        if len(y) < 20 or y.is_floating_point() or y.is_complex() or not set(y.tolist()) <= set(range(10)):
+            raise refused(f"is of another form: {labels} must be 20 or more integers from 0 to 9")
+    content, counts = _content(tensors), [len(tensors["train_labels"]), len(tensors["test_labels"])]
+    if name == "mnist" and counts == official and content not in _KNOWN:
+        raise refused("is damaged: of official size, but its images and labels are not MNIST's")
+    note = _KNOWN.get(content) or written.get("note", "not compared with official checksums")
+    if counts != official:
+        note = f"{counts[0]:,} of {official[0]:,} training and {counts[1]:,} of {official[1]:,} test images, {note}"
+    if not sidecar.exists():
+        with contextlib.suppress(OSError), store.replaced(sidecar) as temporary:  # not in a folder that is only read
+            temporary.write_text(f"{checksum}  {path.name}\n", encoding="utf-8")
+    return tensors, checksum, note
+
+
+def _missing(name: str, path: Path) -> str:
+    """Why a prepared file is not there; empty if it is, downloaded (torchvision verifies checksums) if need be."""
+    if path.exists():
+        return ""
+    if os.environ.get(NO_DOWNLOAD):
+        return f"{path} does not exist and a download has failed before"
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # seconds without an answer
+    try:
+        with store.lock(path.with_suffix(".lock")):
+            if not path.exists():
+                with store.replaced(path) as temporary:
+                    save_file(official(name, path.parent / "raw"), temporary, {"note": _EXACT})
+    except Exception as error:  # of any kind: no network, a cut archive, a broken pickle, an HTML page in its place
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        print(f"{DATASETS[name]} could not be downloaded ({what})", file=sys.stderr)
+        return f"{path} does not exist and the download failed ({what})"
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return ""
+
+
+def official(name: str, root: Path) -> dict[str, Tensor]:
+    """The official dataset as torchvision reads it, downloaded into ``root`` if it is not there.
+
+    Returns:
+        ``train_images``, ``test_images`` uint8 (N, C, H, W) and ``train_labels``, ``test_labels`` int64 (N,).
+    """
+    from torchvision import datasets  # slow to import, and seldom needed
+
+    reader, tensors = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "svhn": datasets.SVHN}[name], {}
+    for part in ("train", "test"):
+        raw = reader(root, download=True, **({"split": part} if name == "svhn" else {"train": part == "train"}))
+        images = torch.as_tensor(raw.data.transpose(0, 3, 1, 2) if name == "cifar10" else raw.data)
+        tensors[f"{part}_images"] = images.reshape(-1, *_SHAPES[name]).contiguous()
+        labels = raw.labels if name == "svhn" else raw.targets  # torchvision turns SVHN's label 10 into 0
+        tensors[f"{part}_labels"] = torch.as_tensor(labels, dtype=torch.int64)
+    return tensors
+
+
+def _standin(name: str, train: int, test: int, folder: Path) -> dict[str, Tensor]:
+    """The synthetic stand-in: as it was generated by the same code, or generated now."""
+    path = folder / f"{name}-{train}-{test}-{store.code_digest('study.synthetic:synthesize')}.safetensors"
+    with store.lock(path.with_suffix(".lock")):
+        found, about = store.read_tensors(path) or ({}, "")
+        if about != path.stem:
+            for part, count in (("train", train), ("test", test)):
+                found[f"{part}_images"], found[f"{part}_labels"] = map(torch.from_numpy, synthesize(name, count, part))
+            store.write_tensors(path, found, path.stem)
+    return found
+
+
+_MODIFIERS = {  # what may follow a dataset's name, # being a digit: what becomes of a split's images and labels
+    "inverted": lambda x, y: (255 - x, y),
+    "turned": lambda x, y: (x.rot90(1, (2, 3)).contiguous(), y),
+    "renamed #": lambda x, y, shift: (x, torch.arange(10, device=y.device).roll(shift)[y]),
+    "classes #-#": lambda x, y, a, b: (x[(y >= a) & (y <= b)], y[(y >= a) & (y <= b)]),
+}
+
+
+def variant(name: str, load: Callable[[str], Dataset]) -> Dataset:
+    """A dataset, or a task made from datasets, by its name.
+
+    Args:
+        name: a dataset's, with any number of these behind it: ``inverted`` (each colour replaced by its complement),
+            ``turned`` (to the left by a quarter), ``renamed 3`` (label y becomes ``torch.arange(10).roll(3)[y]``),
+            ``classes 0-4`` (the images of these alone, with their labels). With ``+`` between several such names, all
+            their images as one task, each with its own label.
+        load: loads a dataset by its name.
+
+    Raises:
+        DataError: there is no such dataset or modifier, with the nearest that there is; or no image is left.
+    """
+    if "+" in name:
+        datasets = [variant(part, load) for part in name.split("+")]
+        texts = {key: "+".join(getattr(d, key) for d in datasets) for key in ("name", "source", "note", "checksum")}
+        return Dataset(**texts, **{key: torch.cat([getattr(d, key) for d in datasets]) for key in _TENSORS})
+    for modifier, change in _MODIFIERS.items():
+        if found := re.fullmatch(f"(.+) {modifier.replace('#', '([0-9])')}", name):
+            of, made = variant(found[1], load), {}
+            for x, y in zip(_TENSORS[::2], _TENSORS[1::2], strict=True):
+                made[x], made[y] = change(getattr(of, x), getattr(of, y), *map(int, found.groups()[1:]))
+            if not all(map(len, made.values())):
+                raise DataError(f"'{name}' leaves no image of one of the splits of '{of.name}'")
+            return replace(of, name=name, **made)
+    if name not in DATASETS:
+        raise _unknown(name)
+    return load(name)
+
+
+def _unknown(name: str) -> DataError:
+    dataset, _, modifier = name.partition(" ")
+    given, known = (modifier, _MODIFIERS) if modifier else (dataset, DATASETS)
+    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0)[0]
+    return DataError(f"unknown dataset '{name}'; did you mean '{nearest}'? Known: {', '.join(known)}")

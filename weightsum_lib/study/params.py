@@ -1,0 +1,378 @@
+"""The knobs of the study: what they are called, what they may be, and where they come from (``params/*.yaml``).
+
+A profile's file gives every knob of :class:`Params`. Its rows are recipes by name, each spelt once in
+``params/recipes.yaml``; a recipe sets switches of :class:`Method`.
+"""
+
+import ast
+import difflib
+import os
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+
+import yaml
+
+DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "svhn": "SVHN"}  # name: title
+BASELINE, TRAINED = "independent", "joint ce"  # the rows that the findings compare
+DISJOINT, RANDOM = "disjoint keys", "random keys"  # and the networks that are made to be summed with strangers
+SHARED, SPARSE = "shared start", "random keys 1/16"  # rows that the report tells of where a profile has them
+_NAMED = ("protocol", "third", "keys", "start", "network_width", "sum_width")  # what a recipe's name stands for
+PARAMS_DIR = Path(__file__).parents[2] / "params"
+_TAKEN = ("recipes", "published", "runs", "measurements", "standins")  # no names for a profile
+_SHORT = reprlib.Repr()  # a refused value may be of any size
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
+
+
+class ParamsError(ValueError):
+    """A parameter that can't be used; the message names the key, the file, and what was expected."""
+
+
+def _from(low, high):
+    return lambda value: low <= value <= high, f"from {low} to {high}"
+
+
+def _above(low, high):
+    return lambda value: low < value <= high, f"more than {low}, at most {high}"
+
+
+def _one_of(*names):
+    return names.__contains__, " or ".join(map(repr, names))
+
+
+def _is_inside(folder: str) -> bool:
+    return folder.isprintable() and os.path.normpath(folder).split(os.sep)[0] not in (".", "..", "~")
+
+
+_ALL, _ALONE_OR_JOINT, _JOINT = ("independent", "sequential", "joint"), ("independent", "joint"), ("joint",)
+_THIRDS = ("none", "ce", "signed_gap", "loss_gap", "distill", "logit_difference")
+_ANY, _SHARE = (lambda value: True, ""), _from(0, 1)
+
+
+def _knob(help: str, rule=_ANY, default=MISSING, having=_JOINT, trained=None):
+    """A field that is checked. Of a method: the protocols ``having`` this switch, and those of them in whose training
+    it has a part (``trained``; by default all)."""
+    about = {"help": help, "rule": rule, "having": having, "trained": having if trained is None else trained}
+    return field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the report: a set of independent switches.
+
+    Both widths are factors on the profile's ``width``, in every row: ``network_width`` is that of each network,
+    ``sum_width`` that of the network in which they are summed, which is wider where networks have keys. Trained
+    alone, a network doesn't know its key: it is the dense network of its size.
+    """
+
+    protocol: str = _knob("how the pair is trained", _one_of(*_ALL), "independent", _ALL)
+    third: str = _knob("reading of the third term", _one_of(*_THIRDS), "none")
+    third_weight: float = _knob("factor on the third term", _above(0, 1000), 1.0)
+    symmetric: bool = _knob("the sum must keep the support task too", _ANY, False)
+    symmetric_to: str = _knob("whom that term teaches", _one_of("both", "main"), "both")
+    quiet: float = _knob("factor on how loudly each network answers the other's images", _from(0, 1000), 0.0)
+    label_smoothing: float = _knob("share of a target spread over all classes", _SHARE, 0.0, _ALONE_OR_JOINT)
+    equal_norms: bool = _knob("both networks' layers are held at equal norms", _ANY, False)
+    keys: str = _knob("a network's channels", _one_of("none", "random", "disjoint"), "none", _ALONE_OR_JOINT, _JOINT)
+    network_width: float = _knob("factor on the width of each network", _above(0, 64), 1.0, _ALONE_OR_JOINT)
+    sum_width: float = _knob("factor on the width of their sum", _above(0, 64), 1.0, _ALONE_OR_JOINT, _JOINT)
+    permuted_support: float = _knob("share of the steps that meet the support network elsewhere", _SHARE, 0.0)
+    permuted_main: bool = _knob("in those steps the main network lies elsewhere too", _ANY, False)
+    owner_statistics: bool = _knob("in the sum each channel has its owner's batch-norm statistics", _ANY, False)
+    centered_scale: bool = _knob("batch norm stores its scale's deviation from 1", _ANY, False, _ALONE_OR_JOINT)
+    start: str = _knob("where networks start", _one_of("random", "shared"), "random", ("independent",))
+    seeds: int = _knob("at most so many seeds", _from(1, 1000), 1000, _ALL, ())
+
+    def trained(self) -> "Method":
+        """What of it a training run depends on: every other switch has its default."""
+        rest = {f.name: f.default for f in fields(self) if self.protocol not in f.metadata["trained"]}
+        return replace(self, **rest)
+
+    def switches(self) -> dict:
+        """The protocol, and the switches that are not at their default: what makes the method again."""
+        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default or f.name == "protocol"}
+
+
+@dataclass(frozen=True)
+class Params:
+    """All knobs of one profile; ``rows`` and ``parts`` hold a :class:`Method` for each label."""
+
+    profile: str = _knob("name of the profile", (re.compile(r"[\w-]{1,40}").fullmatch, "letters, digits, _ and -"))
+    arch: str = _knob("architecture", _one_of("vgg8", "vgg16"))
+    in_channels: int = _knob("channels of the input, 1 (grey) or 3 (colour)", _one_of(1, 3))
+    width: float = _knob("factor on the channels and hidden units", _from(1 / 64, 8))
+    dropout: float = _knob("probability to drop a hidden unit", (lambda v: 0 <= v < 1, "at least 0 and less than 1"))
+    train_images: int = _knob("images of a set at most; a tenth validates", _from(100, 10_000_000))
+    test_images: int = _knob("test images of a set at most", _from(20, 10_000_000))
+    calibration_images: int = _knob("images that set batch-norm statistics", _from(20, 1_000_000))
+    epoch_images: int = _knob("images that each network sees in an epoch", _from(1, 100_000_000))
+    epochs: int = _knob("epochs of training", _from(1, 10_000))
+    finetune_epochs: int = _knob("epochs of fine-tuning in `sequential`", _from(1, 10_000))
+    batch_size: int = _knob("images in a step, per task", _from(2, 100_000))
+    learning_rate: float = _knob("peak learning rate", _above(0, 100))
+    weight_decay: float = _knob("L2 penalty of SGD", _from(0, 100))
+    third_ramp: float = _knob("share of the steps in which the third term grows", _SHARE)
+    permuted_ramp: float = _knob("share of the steps in which the permuted share grows", _SHARE)
+    plane_points: int = _knob("points along a plane's axis", (lambda v: v in range(4, 99, 3), "4, 7, 10, … or 97"))
+    seeds: int = _knob("seeds 0, 1, … of each method", _from(1, 1000))
+    ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _from(0, 1000))
+    rows: dict = _knob("label: recipe of each row of the report")
+    parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
+    allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
+    data_dir: str = _knob("folder of the prepared datasets; empty: no files", (str.isprintable, "printable text"))
+    results_dir: str = _knob("folder of the results", (_is_inside, "a folder in the repository, or an absolute path"))
+    device: str = _knob("where to compute", _one_of("auto", "cpu", "cuda"))
+    networks_at_once: int = _knob("networks trained at once on a CPU; 0: one a core, at most four", _from(0, 1024))
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The rows of the report and those of the page on what transfers, by label."""
+        return self.rows | self.parts
+
+    def method(self, label: str) -> Method:
+        """The switches of a row."""
+        return self.methods[label]
+
+    def seeds_of(self, label: str) -> range:
+        """The seeds of a row: 0, 1, …, as many as the profile and the method allow."""
+        return range(min(self.seeds, self.method(label).seeds))
+
+    def twin(self, label: str) -> str | None:
+        """The row of dense networks of the same size as a row's, trained alone: what it has to hold its own against.
+
+        Every row of checked parameters has one.
+        """
+        alone = Method(network_width=self.method(label).network_width)
+        return next((twin for twin, method in self.methods.items() if method.trained() == alone), None)
+
+    def as_dict(self) -> dict:
+        """All knobs, JSON-able; read again they give equal parameters."""
+        rows = {name: {k: m.switches() for k, m in getattr(self, name).items()} for name in ("rows", "parts")}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | rows
+
+
+def slug(label: str) -> str:
+    """A row's label as a part of a file's name or a number's key; no two rows of a profile share one."""
+    return re.sub(r"\W+", "_", label).casefold()
+
+
+def _nearest(key, known) -> str:
+    near = difflib.get_close_matches(str(key)[:60], known := list(map(str, known)), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+
+
+def _number(value):
+    """The float that a whole number or a text such as "1/16" or "5e-4" stands for; what is none comes back."""
+    try:
+        top, slash, bottom = str(value).partition("/")
+        return float(top) / float(bottom) if slash else float(top)
+    except (ValueError, ZeroDivisionError):
+        return value
+
+
+def _make(cls, values: Mapping, where: str):
+    """Build a dataclass of knobs from values, or raise ParamsError naming the key, ``where``, and what was expected."""
+    known, made = {f.name: f for f in fields(cls)}, {}
+    for key in values:
+        if key not in known:
+            raise ParamsError(f"{where}: unknown parameter '{str(key)[:60]}'; {_nearest(key, known)}")
+    for name, knob in known.items():
+        value, said = values.get(name, knob.default), f"{where}: '{name}' ({knob.metadata['help']})"
+        if value is MISSING:
+            raise ParamsError(f"{where}: '{name}' is missing ({knob.metadata['help']})")
+        made[name] = _number(value) if knob.type is float and type(value) in (int, str) else value
+        if type(made[name]) is not knob.type:
+            got = f"{_SHORT.repr(value)} ({type(value).__name__})"
+            raise ParamsError(f"{said} must be {knob.type.__name__}, got {got}")
+        check, expected = knob.metadata["rule"]
+        if not check(made[name]):
+            raise ParamsError(f"{said} must be {expected}, got {_SHORT.repr(value)}")
+    return cls(**made)
+
+
+def _row(label, said, recipes: Mapping, where: str) -> Method:
+    """The method of a row: the recipe of its name, with what a parameter file says of it.
+
+    Args:
+        label: of the row.
+        said: nothing, or a number of seeds, or switches. Switches with a protocol stand alone, without a recipe.
+        recipes: by label.
+        where: what to call the source in an error.
+    """
+    if type(label) is not str or not 0 < len(label) <= 80 or not label.isprintable() or set(label) & set("|<>`\\"):
+        raise ParamsError(f"{where}: a label is short text without | < > ` \\ or control, not {_SHORT.repr(label)}")
+    where, known = f"{where}: method '{label}'", isinstance(recipes.get(label), Mapping)
+    switches = {"seeds": said} if type(said) is int else {} if said is None else said
+    if not isinstance(switches, Mapping):
+        raise ParamsError(f"{where} must be empty, a number of seeds, or switches, got {_SHORT.repr(said)}")
+    if not known and "protocol" not in switches:
+        raise ParamsError(f"{where}: no 'protocol', and no recipe of that name; {_nearest(label, recipes)}")
+    own = _make(Method, switches if "protocol" in switches else {**recipes[label], **switches}, where)
+    recipe = _make(Method, recipes[label], f"params/recipes.yaml: method '{label}'") if known else own
+    for switch in _NAMED:
+        if getattr(own, switch) != getattr(recipe, switch):
+            meant = f"'{switch}' {getattr(recipe, switch)!r}"
+            raise ParamsError(f"{where}: this name stands for {meant}, not {getattr(own, switch)!r}; choose another")
+    return own
+
+
+def _against_method(p: Params, label: str) -> Iterator[str]:
+    """Why a row can't be trained in this profile, or not be judged."""
+    m, size = p.method(label), p.width * p.method(label).network_width
+    for knob in fields(m):
+        if m.protocol not in (having := knob.metadata["having"]) and getattr(m, knob.name) != knob.default:
+            yield f"only protocol {_one_of(*having)[1]} has '{knob.name}', not '{m.protocol}'"
+    if m.keys == "none" and m.network_width != m.sum_width:
+        yield "without 'keys' the sum is as wide as its networks: 'network_width' and 'sum_width' are equal"
+    if m.keys != "none" and not 1 <= int(64 * size) < int(64 * p.width * m.sum_width):
+        yield f"keys want a 'network_width' below the 'sum_width' ({m.sum_width:g}), in whole channels of 64 × width"
+    if m.keys == "disjoint" and (m.network_width > m.sum_width / 2 or m.permuted_support):
+        yield "disjoint keys want room for two networks in the 'sum_width', and no 'permuted_support'"
+    if m.owner_statistics and m.keys != "disjoint":
+        yield "'owner_statistics' wants disjoint keys: else a channel has no one owner"
+    if m.symmetric_to != "both" and not m.symmetric:
+        yield "'symmetric_to' wants 'symmetric: true'"
+    if m.permuted_main and not m.permuted_support:
+        yield "'permuted_main' wants a 'permuted_support'"
+    if not (size >= 1 / 64 and p.width * m.sum_width <= 16):
+        yield f"with 'width' {p.width:g} the widths are out of bounds: each network's ≥ 1/64, the sum's ≤ 16"
+    if not p.twin(label):
+        yield f"no row of networks with 'network_width' {m.network_width:g} is trained alone, to compare it with"
+
+
+def _against(p: Params) -> Iterator[str]:
+    """Why these parameters can't be used."""
+    for label in (BASELINE, TRAINED, DISJOINT, RANDOM):
+        if label not in p.rows:
+            yield f"'rows' lacks '{label}', which the findings of the report compare"
+    slugs = {}
+    for label in (*p.rows, *p.parts):
+        if slugs.setdefault(slug(label), label) != label:
+            yield f"the labels '{slugs[slug(label)]}' and '{label}' are one as a file's name; change one"
+        if label in p.rows and label in p.parts:
+            yield f"'{label}' is in 'rows' and in 'parts'; a row has one name and one place"
+        yield from (f"method '{label}': {why}" for why in _against_method(p, label))
+    for name in p.allow_standin:
+        if name not in list(DATASETS):
+            yield f"'allow_standin' names {_SHORT.repr(name)}; {_nearest(name, DATASETS)}"
+    if p.epoch_images < p.batch_size:
+        yield f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})"
+    if p.calibration_images > p.train_images - p.train_images // 10:
+        yield f"'calibration_images' ({p.calibration_images}) is more than there are: nine tenths of 'train_images'"
+    if p.profile in _TAKEN:
+        yield f"the name '{p.profile}' is taken, 'profile' needs another"
+
+
+def check(values: Mapping, where: str) -> Params:
+    """Make checked parameters from a mapping.
+
+    Args:
+        values: knob name to value, every knob of :class:`Params`.
+        where: what to call the source in an error, e.g. the file.
+
+    Raises:
+        ParamsError: unknown, missing, of the wrong type, or impossible.
+    """
+    p, recipes = _make(Params, values, where), _read("recipes")
+    made = {n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in ("rows", "parts")}
+    p = replace(p, **made)
+    for why in _against(p):
+        raise ParamsError(f"{where}: {why}")
+    return p
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML in which a number is what it looks like (not so in YAML 1.1: 010, 1:30), without tags and equal keys."""
+
+    def compose_node(self, parent, index):
+        start = self.peek_event()
+        if getattr(start, "tag", None):
+            raise yaml.YAMLError(f"a tag has no meaning here: {start.tag}\n{start.start_mark}")
+        node = super().compose_node(parent, index)
+        keys = [key.value for key, _ in node.value] if isinstance(start, yaml.MappingStartEvent) else []
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"'{twice[0]}' is given twice in what begins\n{start.start_mark}")
+        return node
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]{0,99})\Z"), list("-+0123456789"))
+_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?\Z", re.ASCII)
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _read(name: str) -> dict:
+    """The mapping in ``params/<name>.yaml``."""
+    try:
+        values = yaml.load((PARAMS_DIR / f"{name}.yaml").read_text(encoding="utf-8"), _Yaml)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ParamsError(f"params/{name}.yaml is not YAML that can be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ParamsError(f"params/{name}.yaml must hold 'name: value' lines, got {type(values).__name__}")
+    return values
+
+
+def profiles() -> list[str]:
+    """The profiles that have a file."""
+    return sorted({path.stem for path in PARAMS_DIR.glob("*.yaml")} - set(_TAKEN))
+
+
+def read(profile: str, overrides: Mapping | None = None) -> Params:
+    """Read ``params/<profile>.yaml`` and check it, with some knobs replaced.
+
+    Raises:
+        ParamsError: no such profile, not YAML, or a knob that :func:`check` refuses.
+    """
+    if profile not in profiles():
+        raise ParamsError(f"no parameter file params/{profile}.yaml; {_nearest(profile, profiles())}")
+    p = check({**_read(profile), **(overrides or {})}, f"params/{profile}.yaml")
+    if p.profile != profile:
+        raise ParamsError(f"params/{profile}.yaml: 'profile' must be the file's name, '{profile}', got '{p.profile}'")
+    return p
+
+
+def from_notebook(namespace: Mapping) -> Params:
+    """The knobs that a notebook's cells have set, over those of the profile's file: call it with ``globals()``.
+
+    Looked at is what was typed, in the order in which it was run: the last cell that assigns ``profile``; the cells
+    after it, up to the first that holds more than assignments of plain values (there papermill injects its own); and
+    any later cell of plain values with a knob among them, so that each can be changed and run again. Outside IPython
+    every knob that the namespace has counts.
+
+    Raises:
+        ParamsError: as :func:`read`; a profile without a file needs every knob.
+    """
+    where, knobs, follows = "the parameters cell", {f.name for f in fields(Params)}, False
+    given = {name: namespace[name] for name in knobs & set(namespace) if "In" not in namespace}
+    for source in namespace.get("In", ()):
+        names, values = _assignments(source)
+        if "profile" in names:
+            given = values
+        elif values and given is not None and (follows or names & knobs):
+            given |= values
+        follows = values is not None and (follows or "profile" in names)
+    if given is None:
+        raise ParamsError(f"{where} must hold nothing but assignments of plain values such as epochs = 3")
+    profile = given.get("profile")
+    return check({**(_read(profile) if profile in profiles() else {}), **given}, where)
+
+
+def _assignments(source: str) -> tuple[set[str], dict | None]:
+    """The names that a cell assigns, and their values if it does nothing else and computes with constants only."""
+    try:
+        body, values = ast.parse(source).body, {}
+        targets = [t for n in body if isinstance(n, ast.Assign | ast.AnnAssign) for t in getattr(n, "targets", [n])]
+        names = [n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        others = {n.id for top in body for n in ast.walk(top) if isinstance(n, ast.Name)} - {n.id for n in names}
+        if all(isinstance(n, ast.Assign) for n in body) and others <= {"float"}:  # papermill writes float('inf')
+            exec(source, {"float": float}, values)
+            return {n.id for n in names}, values
+    except (SyntaxError, ArithmeticError, TypeError, ValueError, NameError):  # it failed when it was run, too
+        return set(), None
+    return {n.id for n in names}, None

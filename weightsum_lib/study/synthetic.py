@@ -1,0 +1,206 @@
+"""Synthetic stand-ins for MNIST, SVHN and CIFAR-10, for machines that can neither read nor download the real sets.
+
+Pen-drawn digits, house numbers and textured shapes, made with numpy, scipy and the fonts that matplotlib carries.
+What is measured on them is about them, not about the real sets.
+"""
+
+import zlib
+from functools import partial
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageFilter
+from scipy import fft, ndimage
+
+from weightsum_lib.study.digits import DATA, handwritten, house_numbers
+
+
+def _cloud(rng: np.random.Generator, n: int, size: int, slope: np.ndarray) -> np.ndarray:
+    """Noise (n, size, size) of mean 0 and deviation 1 whose amplitude falls as frequency^-slope, slope (n,)."""
+    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)).astype(np.float32)
+    f[0, 0] = 1
+    spectrum = fft.rfft2(rng.standard_normal((n, size, size), np.float32))
+    noise = fft.irfft2(spectrum * f ** -slope[:, None, None].astype(np.float32))
+    noise -= noise.mean((1, 2), keepdims=True)
+    return noise / noise.std((1, 2), keepdims=True)
+
+
+def _each(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarray:
+    """A number for each of n images, uniform from low to high, float32 (n, 1, 1)."""
+    return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
+
+
+def _paint(rng: np.random.Generator, ink: np.ndarray) -> np.ndarray:
+    """Coloured scenes (n, S, S, 3), values 0..255 but not clipped, of digit masks (n, S, S) on lit, textured walls."""
+    n, size = ink.shape[:2]
+    each = partial(_each, rng, n)
+
+    def some(share):
+        return (rng.random((n, 1, 1)) < share).astype(np.float32)
+
+    def colours():
+        paint = np.array(DATA["paints"])[rng.integers(len(DATA["paints"]), size=n)]
+        paint = np.where(rng.random((n, 1)) < 0.25, rng.uniform(0, 255, (n, 3)), paint)
+        grey = paint.mean(1, keepdims=True)
+        paint = grey + rng.uniform(0.25, 1, (n, 1)) * (paint - grey) + rng.normal(0, 12, (n, 3))
+        return paint.astype(np.float32)[:, None, None]
+
+    def shifted(mask, reach, blur=0.0):
+        moves = rng.integers(-reach, reach + 1, (n, 2))
+        moved = np.stack([np.roll(m, move, (0, 1)) for m, move in zip(mask, moves, strict=True)])
+        return ndimage.gaussian_filter(moved, (0, blur, blur)) if blur else moved
+
+    y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
+    turn = each(-0.25, 0.25)
+    u, v = x + turn * y, y - turn * x
+    courses = v * each(1.5, 9) + each(0, 1)  # courses of brick, or boards
+    bricks = u * each(1, 4) + 0.5 * (np.floor(courses) % 2)
+    joints = np.maximum(courses % 1 < each(0.08, 0.25), bricks % 1 < 0.08)
+    boards = (np.where(some(0.3), u, v) * each(1, 10) + each(0, 1)) % 1
+    pattern = some(0.15) * each(-40, 40) * joints + some(0.2) * each(-45, 45) * (boards - 0.5)
+    pattern += each(0, 22) * _cloud(rng, n, size, rng.uniform(0.4, 1.8, n))
+
+    wall, digit, other = colours(), colours(), colours()
+    gap = (digit - wall).mean(-1, keepdims=True)
+    wanted = np.sign(gap) * (each(15, 110) + each(0, 40))[..., None]
+    digit += np.where(abs(gap) < abs(wanted), wanted - gap, 0)
+    plate = (abs(u - each(-0.2, 0.2)) < each(0.3, 0.8)) & (abs(v - each(-0.1, 0.1)) < each(0.38, 0.6))
+    wall = wall + (some(0.3) * ~plate)[..., None] * (other - wall)
+    clutter = np.clip(8 * _cloud(rng, n, size, np.full(n, 1.8)) - each(6, 14), 0, 1) * some(0.25)  # leaves, a door post
+    wall = wall + clutter[..., None] * (colours() - wall)
+    grain = 1 + rng.normal(0, 0.12, (n, 1, 1, 3)).astype(np.float32)
+    scene = wall + pattern[..., None] * grain
+    scene *= 1 - (some(0.35) * each(0.1, 0.7) * shifted(ink, 4, 1.2))[..., None]
+    body = digit + (each(0, 12) * _cloud(rng, n, size, np.full(n, 1.2)) + each(-40, 40) * v)[..., None]
+    rim = np.clip(ndimage.maximum_filter(ink, (0, 5, 5)) - ink, 0, 1) * some(0.15)
+    scene += rim[..., None] * (other - scene)
+    edges = ink - ndimage.minimum_filter(ink, (0, 3, 3))
+    hollow = some(0.05)
+    cover = hollow * np.minimum(1, edges * 1.3) + (1 - hollow) * ink * np.where(some(0.25), each(0.55, 1), 1)
+    scene += cover[..., None] * (body - scene)
+    scene += (some(0.35) * each(10, 90) * (shifted(ink, 2) - shifted(ink, 2)))[..., None]  # relief
+
+    sun = 1 + each(-0.5, 0.5) * u + each(-0.5, 0.5) * v
+    angle = each(0, 2 * np.pi)
+    past = x * np.cos(angle) + y * np.sin(angle) - each(-0.4, 0.4)
+    sun *= 1 - some(0.25) * each(0.1, 0.6) / (1 + np.exp(-past * each(10, 80)))
+    scene *= sun[..., None]
+    rod = np.exp(-((past / each(0.01, 0.05)) ** 2)) * some(0.07)  # a wire, a twig, a scratch
+    scene += rod[..., None] * (colours() - scene)
+    glare = ((x - each(-0.6, 0.6)) ** 2 + (y - each(-0.6, 0.6)) ** 2) / each(0.01, 0.15)
+    scene += (some(0.15) * each(20, 110) * np.exp(-glare))[..., None]
+    scene = 255 * (np.clip(scene, 0, 255) / 255) ** np.exp(rng.normal(0, 0.3, (n, 1, 1, 1)))
+    centre = scene.mean((1, 2), keepdims=True)
+    tint = 1 + rng.normal(0, 0.05, (n, 1, 1, 3)) + [0, 0, 0.05]
+    exposed = 0.65 * centre + each(10, 75)[..., None]
+    return (exposed + (scene - centre) * each(0.45, 1.15)[..., None]) * tint
+
+
+def _camera(rng: np.random.Generator, scene: np.ndarray) -> np.ndarray:
+    """One scene (S, S, 3) as a crop (32, 32, 3) of a street photograph: blurred, coarse, noisy, compressed."""
+    photo = Image.fromarray(np.uint8(np.clip(scene, 0, 255)))
+    if rng.random() < 0.15:
+        reach, (cos, sin) = np.linspace(-2, 2, 9), rng.normal(size=2) * rng.uniform(0.3, 1)
+        kernel = np.zeros((5, 5))
+        np.add.at(kernel, tuple(np.clip(np.rint(2 + np.outer([sin, cos], reach)), 0, 4).astype(int)), 1)
+        photo = photo.filter(ImageFilter.Kernel((5, 5), kernel.ravel()))
+    photo = photo.filter(ImageFilter.GaussianBlur(min(2.6, float(np.exp(rng.normal(-0.1, 0.6))))))
+    side = round(np.exp(rng.uniform(np.log(11), np.log(48))))
+    photo = photo.resize((side, side), Image.Resampling.BOX)
+    noise = rng.standard_normal((side, side, 3)) * rng.exponential(3.5)
+    photo = Image.fromarray(np.uint8(np.clip(np.asarray(photo) + noise, 0, 255)))
+    if rng.random() < 0.7:
+        packed = BytesIO()
+        photo.save(packed, "JPEG", quality=int(rng.integers(35, 96)))
+        photo = Image.open(packed)
+    return np.asarray(photo.resize((32, 32), Image.Resampling(int(rng.integers(2, 4)))))
+
+
+def _svhn(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    """Crops (n, 3, 32, 32) of house numbers, as in SVHN's format 2: the digit in the middle is the label."""
+    scenes = _paint(rng, house_numbers(rng, labels))
+    return np.stack([_camera(rng, scene) for scene in scenes]).transpose(0, 3, 1, 2)
+
+
+def _inside(label: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance-like field, positive inside shape `label` of about unit radius, at points x, y of any shape."""
+    r, angle = np.hypot(x, y), np.arctan2(y, x)
+    square = 0.85 - np.maximum(abs(x), abs(y))
+    fields = (
+        lambda: 1 - r,  # disc
+        lambda: 0.3 - abs(r - 0.75),  # ring
+        lambda: square,
+        lambda: 0.55 - np.maximum(y, abs(x) * 0.87 - y / 2),  # triangle
+        lambda: 0.72 + 0.33 * np.cos(5 * angle) - r,  # star
+        lambda: np.minimum(1 - np.maximum(abs(x), abs(y)), 0.3 - np.minimum(abs(x), abs(y))),  # cross
+        lambda: np.minimum(1 - r, np.hypot(x - 0.5, y) - 0.75),  # crescent
+        lambda: np.minimum(0.28 - abs(abs(y) - 0.55), 1 - abs(x)),  # two bars
+        lambda: np.minimum(square, np.maximum(-0.25 - x, -0.25 - y)),  # angle
+        lambda: 0.25 - abs(y - 0.55 * np.sin(4.5 * x)) + np.minimum(0, 1.1 - abs(x)),  # wave
+    )
+    return fields[label]()
+
+
+def _cifar10(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    """Photograph-like images (n, 3, 32, 32): one of ten shapes, any colour, on a cluttered ground, partly hidden."""
+    n, size = len(labels), 32
+    each = partial(_each, rng, n)
+
+    def texture(strength):
+        clouds = np.stack([_cloud(rng, n, size, rng.uniform(1.1, 2.0, n)) for _ in range(2)], 1)
+        mix = rng.normal([[1], [0]], 0.25, (n, 2, 3))
+        base = rng.normal(118, 45, (n, 1, 1, 1)) + rng.normal(0, 28, (n, 1, 1, 3))
+        return (base + strength[..., None] * np.einsum("nkhw,nkc->nhwc", clouds, mix)).astype(np.float32)
+
+    y, x = np.mgrid[:size, :size].astype(np.float32) / (size / 2) - 1
+    ground, body, front = texture(each(12, 38)), texture(each(8, 25)), texture(each(10, 30))
+    angle, scale, wide = each(0, 2 * np.pi), each(0.45, 0.9), np.exp(each(-0.3, 0.3))
+    dx, dy = x - each(-0.35, 0.35), y - each(-0.35, 0.35)
+    tilt = each(-0.7, 0.7)
+    u = (dx * np.cos(tilt) + dy * np.sin(tilt)) / scale * wide
+    v = (dy * np.cos(tilt) - dx * np.sin(tilt)) / scale / wide
+    u, v = u + 0.12 * np.sin(3 * v + angle * 5), v + 0.12 * np.sin(3 * u + angle * 7)
+    field = np.empty((n, size, size), np.float32)
+    for label in range(10):
+        rows = labels == label
+        field[rows] = _inside(label, u[rows], v[rows])
+    stripes = np.sin(u * each(2, 9) * np.cos(angle * 3) + v * each(2, 9) * np.sin(angle * 3))
+    body += (each(-35, 35) * stripes + each(-40, 40) * u + each(-40, 40) * v)[..., None]
+    clutter = _cloud(rng, n, size, np.full(n, 1.8)) - each(1.3, 2.6)  # shapeless patches of a third colour
+    scene = ground + np.clip(clutter * 8, 0, 1)[..., None] * (front - ground)
+    scene += np.clip(field * scale * 16 + 0.5, 0, 1)[..., None] * (body - scene)
+    hidden = x * np.cos(angle * 2) + y * np.sin(angle * 2) - each(0.4, 1.3)
+    scene += np.clip(hidden * 16 + 0.5, 0, 1)[..., None] * (front - scene)
+    scene = scene * (1 + each(-0.35, 0.35) * x + each(-0.35, 0.35) * y)[..., None]
+    scene += 5 * rng.standard_normal(scene.shape, np.float32)
+    return np.uint8(np.clip(scene, 0, 255)).transpose(0, 3, 1, 2)
+
+
+_MAKERS = {"mnist": handwritten, "svhn": _svhn, "cifar10": _cifar10}
+_CHUNK = 250  # images drawn at a time, which bounds the memory
+
+
+def synthesize(name: str, count: int, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Draw `count` images of the stand-in for a dataset; equal arguments (and library versions) give equal images.
+
+    Args:
+        name: "mnist" (N, 1, 28, 28), "svhn" or "cifar10" (N, 3, 32, 32).
+        count: N, the number of images; each of the ten labels has N / 10 of them, rounded up or down.
+        split: "train" or "test", two different random streams.
+
+    Returns:
+        uint8 images (N, C, H, W) and int64 labels (N,) in 0..9, in random order.
+
+    Raises:
+        ValueError: name, count or split is none of these.
+    """
+    if name not in _MAKERS:
+        raise ValueError(f"no synthetic stand-in for {name!r}, expected one of {sorted(_MAKERS)}")
+    if split not in ("train", "test"):
+        raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
+    if count < 1:
+        raise ValueError(f"count is {count!r}, expected at least 1 image")
+    rng = np.random.default_rng(zlib.crc32(f"{name}/{split}".encode()))
+    labels = rng.permutation(np.arange(count) % 10)
+    chunks = [_MAKERS[name](rng, labels[start : start + _CHUNK]) for start in range(0, count, _CHUNK)]
+    return np.ascontiguousarray(np.concatenate(chunks)), labels
