@@ -76,6 +76,18 @@ class Head(nn.Module):
         return self.out((self.q(x) @ self.k(x).transpose(1, 2) / 2).softmax(-1) @ self.v(x))
 
 
+class Gate(nn.Module):
+    """Channels times a number that comes from the input, spread over them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(y * x.mean(1, keepdim=True).expand_as(y))
+
+
 def layers(*modules):
     return nn.Sequential(*modules)
 
@@ -117,6 +129,7 @@ RIGHT = {  # network, shape of its input, number of groups
     "squeeze and excitation": (Squeeze, (2, 3, 8, 8), 2),
     "registered in another order": (Backwards, (2, 5, 6), 2),
     "attention of one head": (Head, (2, 5, 3), 2),
+    "spread": (Gate, (2, 3), 1),
     "batch norms": (
         lambda: layers(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 5, 1),
                        nn.BatchNorm2d(5, track_running_stats=False), nn.Conv2d(5, 6, 1),
@@ -210,6 +223,27 @@ class Formula(nn.Module):
         return self.head(self.formula(self.stem(x)))
 
 
+class HeadOnResidual(nn.Module):
+    """What is refused is added to what has an order."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(3, 9), nn.Linear(3, 2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.head(x + (q @ k.transpose(1, 2)).softmax(-1) @ v)
+
+
+class SharedByValue(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu()) + x @ self.b.weight.T[:3]
+
+
 class Unused(nn.Module):
     def __init__(self):
         super().__init__()
@@ -259,6 +293,8 @@ WRONG = {
     "channels last": (lambda: layers(nn.Conv2d(3, 6, 3), Last(), nn.Linear(216, 2)), IMAGE, "'1' .Last.: _unsafe_view"),
     "attention": (Attention, (2, 5, 3), r"'attention' \(MultiheadAttention\)"),
     "heads": (Heads, (2, 5, 3), "Heads: .* 'qkv'"),
+    "attention on a residual": (HeadOnResidual, (2, 5, 3), "HeadOnResidual: split .* 'qkv'"),
+    "used as weights later": (SharedByValue, (2, 3), "SharedByValue: slice .* 'a'"),
     "LSTM": (Recurrent, (2, 4, 3), r"'lstm' \(LSTM\)"),
     "unused": (Unused, (2, 3), "parameter 'b.weight' takes no part"),
     "lazy": (lambda: layers(nn.LazyLinear(3), nn.Linear(3, 2)), (2, 4), "'0.weight' has no shape yet"),
@@ -278,6 +314,12 @@ FORMULAS = {  # of 6 channels: formula, channels afterwards, message
     "patches": (lambda x: F.unfold(x, 1).view(2, 6, 8, 8), 6, "Formula: im2col"),
     "constant": (lambda x: x * torch.linspace(0, 1, 6).view(6, 1, 1), 6, "Formula: mul .* make it a buffer"),
     "told apart": (lambda x: x.index_fill(1, torch.tensor([2]), 0.0), 6, "Formula: index_fill"),
+    "counted by a convolution": (
+        lambda x: x * F.conv1d(x.mean((2, 3))[:, None], torch.ones(1, 1, 3).type_as(x), padding=1)[0, 0, :, None, None],
+        6,
+        "Formula: convolution .* tells them apart",
+    ),
+    "made in forward": (lambda x: x + x.new_ones(6, 1, 1), 6, "Formula: add .* make it a buffer"),
     "told apart in place": (lambda x: _fill_third(x.clone()), 6, "Formula: select"),
     "hard-coded": (lambda x: x.view(-1, 6, 8, 8), 6, "'stem' in other places, among more: shape .* are sizes written"),
     "counted": (lambda x: x / x.shape[1], 6, "'stem' in other places, among more: the output is another"),

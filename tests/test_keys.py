@@ -187,3 +187,25 @@ def test_keys_work_where_channels_are_added_and_in_depthwise_convolutions(make):
         if isinstance(module, nn.Conv2d):
             assert module.weight.shape[0] == module.out_channels
             assert module.weight.shape[1] * module.groups == module.in_channels
+
+
+class Shared(nn.Module):
+    """A batch norm over channels that are added to the input, and so have no key."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.hidden, self.out = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        return self.out(self.hidden(x + self.norm(self.conv(x))).relu())
+
+
+def test_statistics_of_channels_without_a_key_are_not_added():
+    networks = [Shared(), Shared()]
+    channels = hidden_channels(networks[0], torch.zeros(2, 3, 4, 4))
+    assert list(channels.sizes) == ["hidden"]
+    total = WeightSum(networks, keys=[deal(channels, 2, 0), deal(channels, 2, 1)])
+    with pytest.raises(ValueError, match=r"'norm.running_mean' is of channels that all networks share; recalibrate"):
+        total.add_statistics()
+    assert WeightSum(networks).add_statistics().body.norm.running_var.tolist() == [2.0] * 3

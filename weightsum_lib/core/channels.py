@@ -18,6 +18,7 @@ _FIXED, _CONSTANT, _UNKNOWN = (0, 1), (1, 1), (2, 1)
 # Operations that only move entries, beside PyTorch's views.
 _MOVES = {"_unsafe_view", "repeat", "flip", "roll", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle"}
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
+_LAYERS = {"convolution", *_PRODUCTS}
 
 
 def hidden_channels(network: nn.Module, example: Tensor) -> Channels:
@@ -49,8 +50,10 @@ def hidden_channels(network: nn.Module, example: Tensor) -> Channels:
     with torch.no_grad(), trace:
         output = copied(x)
     outputs = [label for tensor in _tensors(output) for label in trace.of(tensor)]
-    for label in [*outputs, *(label for label, *_ in trace.refused[trace.settled :])]:
-        trace.tie(label, _FIXED)
+    inner = {trace.find(label)[0] for label in trace.summed}
+    outputs += [label for label, *_ in trace.refused[trace.settled :] if trace.find(label)[0] not in inner]
+    for root in [trace.find(label)[0] for label in outputs]:
+        trace.above[root] = trace.above[root] if root < 3 else _FIXED
     groups: dict[int, str] = {}  # root to name, "" for those that are not hidden
     for node, name in enumerate(trace.names):
         root, _ = trace.find((node, 1))
@@ -140,6 +143,7 @@ class _Trace(TorchDispatchMode):
         self.kept = [x]  # so that ids stay unique
         self.refused: list[tuple] = []  # (label, where, why)
         self.settled = 0  # so many refusals have layers after them; what follows only turns outputs into others
+        self.summed: list[tuple[int, int]] = []  # labels of dimensions that layers sum over
         self.modules: list[str] = []  # that are computing, the innermost last
         self.operation = ""
         for name, module in network.named_modules():
@@ -165,7 +169,8 @@ class _Trace(TorchDispatchMode):
 
     def refuse(self, label: tuple[int, int], why: str) -> None:
         """What happens to these channels is an error, unless they turn out to be the network's outputs."""
-        self.refused.append((label, f"{self.modules[-1]}: {self.operation}", why))
+        if self.find(label)[0] > 2:
+            self.refused.append((label, f"{self.modules[-1]}: {self.operation}", why))
 
     def tie(self, a: tuple[int, int], b: tuple[int, int]) -> None:
         """Two dimensions run over the same channels."""
@@ -174,36 +179,42 @@ class _Trace(TorchDispatchMode):
             a, b = b, a
         if b[0] < 3 or a in (b, _UNKNOWN):
             return
-        if a[0] == 1:
+        if a == _FIXED:
+            if b[0] not in {self.find(label)[0] for label, *_ in self.refused}:  # an error stays one
+                self.above[b[0]] = _FIXED
+        elif a[0] == 1:
             self.refuse(b, "forward makes a constant for them, which would not follow; make it a buffer")
-        elif a[0] == 0:
-            self.above[b[0]] = _FIXED
         elif a[0] == b[0] or a[1] % b[1]:
             self.refuse(a, f"in blocks of {a[1]} entries for each channel and in blocks of {b[1]}")
         else:
             self.above[b[0]] = (a[0], a[1] // b[1])
+
+    def sum_over(self, a: tuple[int, int], b: tuple[int, int]) -> None:
+        """Two dimensions are summed over together. What nothing is known of is as long as it is."""
+        self.tie(*(_FIXED if self.find(label) == _UNKNOWN else label for label in (a, b)))
+        self.summed += [a, b]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Compute, and label the results."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         operands, results = _tensors((args, kwargs)), _tensors(out)
-        weights = [t for t in operands if id(t) in self.weights]
-        for t in [t for t in weights if id(t) not in self.labels]:
+        self.operation = func.overloadpacket.__name__
+        for t in [t for t in operands if id(t) in self.weights and id(t) not in self.labels]:
             self.labels[id(t)] = [(len(self.above) + axis, 1) for axis in range(t.ndim)]
             self.above += self.labels[id(t)]
             self.names += [self.weights[id(t)]] * t.ndim
-        if results and any(id(t) in self.labels for t in operands):
+        if results and any(id(t) in self.labels for t in operands) and not self.operation.startswith("new_"):
             labels = [[_FIXED] * t.ndim for t in results]
-            if any(self.find(label)[0] for t in operands for label in self.of(t)):
+            if self.operation == "expand" or any(self.find(label)[0] for t in operands for label in self.of(t)):
                 given = {argument.name: argument.default_value for argument in func._schema.arguments}
                 given |= dict(zip(given, args, strict=False)) | kwargs
-                self.operation = func.overloadpacket.__name__
                 labels = self.propagate(func, given, operands, results)
             for t, its in zip(results, labels, strict=False):
                 self.labels[id(t)] = its if len(its) == t.ndim else [_UNKNOWN] * t.ndim
             self.kept += results
-        self.settled = len(self.refused) if weights else self.settled
+        if self.operation in _LAYERS or any(id(t) in self.weights for t in operands):
+            self.settled = len(self.refused)
         return out
 
     def propagate(self, func, given: dict[str, Any], operands: list[Tensor], results: list[Tensor]) -> list[list]:
@@ -214,7 +225,8 @@ class _Trace(TorchDispatchMode):
             return [self.convolved(x, given["weight"], given["bias"], given["transposed"], given["groups"], y)]
         if name in _PRODUCTS:
             *bias, a, b = operands
-            for one, other in [*zip(self.of(a)[:-2], self.of(b)[:-2], strict=True), (self.of(a)[-1], self.of(b)[-2])]:
+            self.sum_over(self.of(a)[-1], self.of(b)[-2])
+            for one, other in zip(self.of(a)[:-2], self.of(b)[:-2], strict=True):
                 self.tie(one, other)
             self.labels[id(y)] = [*self.of(a)[:-1], self.of(b)[-1]]
             return [self.aligned([y, *bias], y)]
@@ -224,7 +236,7 @@ class _Trace(TorchDispatchMode):
             if "group_norm" in name:
                 self.refuse(labels[1], why)
             return [labels]
-        if name != "expand" and (func.is_view or name in _MOVES):
+        if (func.is_view or name in _MOVES) and name not in ("expand", "view_as_real", "view_as_complex"):
             return self.moved(func, given, results)
         others = [t for t in operands[1:] if self.hidden(t)]
         if given.keys() & {"dim", "dims"} and (name == "cat" or not others):  # reductions, softmax, sorting
@@ -236,10 +248,11 @@ class _Trace(TorchDispatchMode):
             kept = [_UNKNOWN if d in dims and x.shape != y.shape else label for d, label in enumerate(labels)]
             return [kept if x.ndim == y.ndim else [kept[d] for d in range(x.ndim) if d not in dims]] * len(results)
         fit = all(t.ndim <= y.ndim for t in operands)
+        after = self.aligned(operands, y) if fit else [_UNKNOWN] * y.ndim
         if not fit or (len(results) > 1 and "pool" not in name and "dropout" not in name):  # layer norm, attention
             for label in [label for t in operands for label in self.of(t)]:
                 self.refuse(label, why)
-        return [self.aligned(operands, y) if fit else [_UNKNOWN] * y.ndim] * len(results)
+        return [after] * len(results)
 
     def aligned(self, operands: list[Tensor], y: Tensor) -> list[tuple[int, int]]:
         """Elementwise with broadcasting (dimensions are tied from the last one on), or pooling of other dimensions."""
@@ -282,7 +295,7 @@ class _Trace(TorchDispatchMode):
         (node, each), (first, second, *space) = self.of(x)[1], self.of(weight)
         taken, made = (first, second) if transposed else (second, first)
         if groups == 1:
-            self.tie(taken, (node, each))
+            self.sum_over(taken, (node, each))
         elif groups == x.shape[1]:
             self.tie(first, (node, each * (len(weight) // groups)))
             made = (node, each * (y.shape[1] // groups))
@@ -292,6 +305,8 @@ class _Trace(TorchDispatchMode):
                 self.refuse(label, "of grouped convolutions only depthwise ones can be widened")
         for label in space:
             self.tie(label, _FIXED)
+        for label in self.of(x)[2:]:
+            self.refuse(label, "a convolution along them tells them apart")
         if bias is not None:
             self.tie(self.of(bias)[0], made)
         return [_FIXED, made, *[_FIXED] * (y.ndim - 2)]

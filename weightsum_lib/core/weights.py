@@ -324,8 +324,14 @@ class WeightSum(nn.Module):
         """Give the sum the sum of its parents' batch-norm statistics, with the coefficients.
 
         With disjoint keys that gives each channel its owner's statistics. Otherwise it is wrong.
+
+        Raises:
+            ValueError: under keys, a layer whose channels have none, since they reach the input or output.
         """
         names = [name for name, (role, _) in _tensors(self.body).items() if role == "statistic"]
+        for name in names if self.keys else ():
+            if self.body.get_buffer(name).ndim and not self.keys[0].channels.axes[name]:
+                raise ValueError(f"'{name}' is of channels that all networks share; recalibrate(sum, images) instead")
         parts = [{name: n.get_buffer(name) for name in names} for n in self.networks]
         total = self._summed([{name: b for name, b in part.items() if b.ndim} for part in parts])
         for name in names:  # the numbers of batches that they come from are no statistics, and have no coefficient
