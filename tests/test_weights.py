@@ -472,6 +472,7 @@ OTHER = {
     "clamped": (lambda m: m.w.clamp(-9, 9), "w by clamp"),
     "rectified in place": (lambda m: (1 * m.w).relu_(), "w by relu"),
     "rounded": (lambda m: m.w.round(), "w by round"),
+    "rounded in a division": (lambda m: torch.div(m.w, 0.1, rounding_mode="floor") * 0.1, "w by div"),
     "truncated": (lambda m: m.w.to(torch.int32).float(), "w by _to_copy"),
     "sign, by a custom function": (lambda m: STE.apply(m.w), "w by sign"),
     "through views": (lambda m: _in_place(m).view(-1)[:16].view(4, 4).exp(), "v and .*w by exp"),
@@ -583,6 +584,17 @@ def test_the_proof_is_made_once(monkeypatch):
     for _ in range(3):
         total(torch.ones(1, 2))
     assert len(made) == 1
+
+
+def test_a_sum_can_be_differentiated_by_torch_func_before_it_was_ever_called():
+    networks, x = [nn.Linear(3, 2), nn.Linear(3, 2)], torch.randn(5, 3)
+    total = WeightSum(networks)
+    parameters = dict(total.named_parameters())
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(total, p, (x,)).sum())(parameters)
+    torch.testing.assert_close(gradients["networks.1.weight"], x.sum(0).expand(2, 3))
+    pair = [LowRank(True), LowRank(True)]
+    with pytest.raises(ValueError, match="call the sum on an example first"):
+        torch.func.jacrev(WeightSum(pair))(torch.randn(5, 4))
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -772,6 +784,12 @@ def test_any_batch_norm_is_summed(options):
     total.train().use_keys(keys)
     torch.testing.assert_close(total(x), wide_sum(networks, keys)(x))
     assert total.materialize()[1].num_features == 8
+
+
+def test_added_statistics_have_no_negative_variance():
+    networks = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)) for _ in "ab"]
+    with pytest.raises(ValueError, match=r"'1.running_var' would be negative"):
+        WeightSum(networks, [1, -2]).add_statistics()
 
 
 def test_add_statistics_adds_the_statistics_of_batch_norm_alone(images):

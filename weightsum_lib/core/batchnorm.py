@@ -51,9 +51,10 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable) -> nn.Module:
 
     def settle() -> None:
         layer = inputs[0][0]
-        variance, mean = _pooled([piece for _, moments in inputs for piece in moments])
+        pooled = _pooled([piece for _, moments in inputs for piece in moments])
+        variance, mean = (value.to(layer.running_var.dtype) for value in pooled)
         if not (variance.isfinite() & mean.isfinite()).all():
-            raise ValueError(f"inputs of '{names[layer]}' have no finite variance: NaN, inf, or less than two values")
+            raise ValueError(f"inputs of '{names[layer]}' have no finite variance: NaN, overflow or one value alone")
         layer.running_var.copy_(variance)
         layer.running_mean.copy_(mean)
         layer.num_batches_tracked.fill_(len(inputs))

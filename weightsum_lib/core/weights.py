@@ -143,7 +143,7 @@ class _Followed(TorchDispatchMode):
         factors = [self.sources.get(_storage(t), other)[0] for t in args[name in _BIASED :][:2]]
         product = name in _PRODUCTS and all(factors)
         affine = getattr(op, "is_view", False) or name in _AFFINE.split() or (name in _PRODUCTS and not product)
-        affine |= name == "div" and not factors[1]
+        affine |= name == "div" and not factors[1] and not (kwargs or {}).get("rounding_mode")
         affine &= all(t.is_floating_point() or t.is_complex() for t in results)  # a cast to integers rounds
         layers = self.layers.intersection(*({n.rpartition(".")[0] for n in some} for some in factors))
         if "_like" in name or name.startswith("new_"):
@@ -286,7 +286,7 @@ class WeightSum(nn.Module):
             ValueError: before the first forward pass, if a layer of another library has parameters of its own.
         """
         if self._unproven:
-            todo = "call the sum on an example first, not compiled"
+            todo = "call the sum on an example first, neither compiled nor under torch.func"
             raise ValueError(f"'{self._unproven[0]}', a layer of another library, may compute its weight; {todo}")
         return self._weights(held)
 
@@ -299,7 +299,7 @@ class WeightSum(nn.Module):
         Raises:
             ValueError: in the first pass, if a weight is computed from parameters in other than affine steps.
         """
-        compiled = torch.compiler.is_compiling()
+        compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # can't be followed
         follow = self._unproven is not None and not compiled
         weights = self._weights(held) if follow else self.weights(held)
         with _Followed(weights, self.body, self._unproven) if follow else nullcontext():
@@ -326,7 +326,8 @@ class WeightSum(nn.Module):
         With disjoint keys that gives each channel its owner's statistics. Otherwise it is wrong.
 
         Raises:
-            ValueError: under keys, a layer whose channels have none, since they reach the input or output.
+            ValueError: a variance would be negative, under a negative coefficient; under keys, a layer whose channels
+                have none, since they reach the input or output.
         """
         names = [name for name, (role, _) in _tensors(self.body).items() if role == "statistic"]
         for name in names if self.keys else ():
@@ -336,6 +337,8 @@ class WeightSum(nn.Module):
         total = self._summed([{name: b for name, b in part.items() if b.ndim} for part in parts])
         for name in names:  # the numbers of batches that they come from are no statistics, and have no coefficient
             value = total[name] if name in total else sum(part[name] for part in parts)
+            if name.endswith("running_var") and (value < 0).any():
+                raise ValueError(f"'{name}' would be negative, with {self.coefficients} as coefficients; recalibrate")
             self.body.get_buffer(name).copy_(value)
         return self
 
