@@ -20,6 +20,7 @@
 profile = "smoke"
 
 # %% tags=["remove-cell"]
+import pandas as pd
 from IPython.display import Markdown
 
 from weightsum_lib.report import findings, plots, tables
@@ -53,10 +54,9 @@ plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks
 sums = every_policy.xs("per_task", level="policy")
 summary = tables.summarize(sums, ["method", "tested"])
 on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))
-difference = tables.paired(sums.xs(MAIN, level="tested"), TRAINED, BASELINE, "after")
 MARGINS = {MAIN: 1.0, SUPPORT: 3.0}  # points that a network may be worse than alone, and still count
 counted = findings.counts(sums, TRAINED, BASELINE, MARGINS)
-finding = findings.of_pair(on_main, difference, counted, main_title)
+finding = findings.of_pair(on_main, counted, main_title)
 after = on_main["after"]
 message = f"{main_title} after the sum: {after[TRAINED].mean:.1f} % together, {after[BASELINE].mean:.1f} % apart"
 plots.before_after(on_main, message, main_title)
@@ -80,7 +80,7 @@ main_table.style.hide(axis="index")
 
 # %% tags=["hide-input"]
 pairs = on_support.loc[[m for m in on_support.index if m in p.rows]]  # sequential ones are those of `independent`
-pairs = pairs.assign(counts=["yes" if findings.counts(sums, m, p.twin(m), MARGINS) else "no" for m in pairs.index])
+pairs = pairs.assign(counts=[findings.counts(sums, m, p.twin(m), MARGINS) for m in pairs.index])
 support_table = tables.table(pairs, ["before", "after", "other", "counts"])
 support_table.style.hide(axis="index")
 
@@ -88,13 +88,13 @@ support_table.style.hide(axis="index")
 # ## Every batch-norm policy
 #
 # The same sums with other statistics: `union` uses training images of both tasks, `summed` adds the two networks'
-# statistics as a sum of state dicts does, `batch` uses the test batch's own, and `owner`, for disjoint keys only, leaves
-# each channel its owner's.
+# statistics as a sum of state dicts does, `batch` uses the test batch's own, and `by_owner`, under keys only, gives each
+# channel those of training images of the task whose network has it.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Table of colours: test accuracy of the sum on the main task in percent for every method, in rows, and every batch-norm policy, in columns."}}
-policies = tables.summarize(every_policy.xs(MAIN, level="tested"), ["method", "policy"]).loc[list(pairs.index)]
-panels = {f"θ_main alone on {main_title} (%)": policies["before"], f"the sum on {main_title} (%)": policies["after"]}
-plots.policies(panels, list(measure.POLICIES), "θ_main and the sum under every batch-norm policy")
+policies = tables.summarize(every_policy, ["method", "policy", "tested"]).loc[list(pairs.index)]
+panels = {f"the sum on {tables.title(n)} (%)": policies["after"].xs(n, level="tested") for n in (MAIN, SUPPORT)}
+plots.policies(panels, list(measure.POLICIES), "The sum under every batch-norm policy")
 
 # %% [markdown]
 # ## How training went
@@ -110,13 +110,16 @@ plots.curves(histories, main_title, support_title, f"Under “{TRAINED}” {ends
 #
 # ## Is it only the norm?
 #
-# Batch norm hides the scale of a layer's weights, so θ_main could survive the sum by simply being larger. A norm
-# ratio near 1 rules that out. The cosine tells whether the two networks have become copies (1) or are unrelated (0).
+# Batch norm hides the scale of a layer's weights, so θ_main could survive the sum by simply being larger: the norm ratio
+# tells. The cosine tells whether the two networks have become copies (1) or are unrelated (0). Equal norms don't mean
+# that both count equally in the sum, so the last panel shows how much of what happens there, on the main task's images,
+# θ_main alone explains (the squared correlation of each channel with the same one of θ_main, weighted by variance).
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: ratio of the weight norms of the two networks for each layer, on a logarithmic axis. Right: cosine between their weights. One line for each method."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: ratio of the weight norms of the two networks for each layer, on a logarithmic axis. Middle: cosine between their weights. Right: variance inside the sum that the main network explains. One line for each method."}}
 layers = measure.layers(study, MAIN, SUPPORT)
+explained = pd.concat([measure.explained(study, m, MAIN, SUPPORT, strangers=False) for m in (BASELINE, TRAINED)])
 ratios = layers["norm_ratio"][layers["method"] == TRAINED]
-plots.layers(layers, f"{TRAINED}: norm ratios between {ratios.min():.2f} and {ratios.max():.2f}; seed 0")
+plots.layers(layers, explained, f"{TRAINED}: norm ratios between {ratios.min():.2f} and {ratios.max():.2f}; seed 0")
 
 # %% tags=["hide-input"]
 layer_table = tables.layer_table(layers)
@@ -140,7 +143,7 @@ networks = f"θ of {main_title} + θ of {support_title}"
 tables.save(
     NOTEBOOK,
     study,
-    {"finding": finding, **tables.values_of(summary), "norm_ratio.min": min(ratios), "norm_ratio.max": max(ratios)},
+    {"finding": finding, "norm_ratio.min": min(ratios), "norm_ratio.max": max(ratios)},
     {
         "before_after": main_table,
         "support": support_table,
@@ -148,5 +151,7 @@ tables.save(
         "layers": layer_table,
     },
     tables.headline(on_main.loc[[BASELINE, TRAINED]], f"Task {TASK}: {main_title}", networks),
+    tables.intervals_of(summary),
+    sums,
 )
 Markdown(finding)

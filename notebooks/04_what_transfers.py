@@ -9,24 +9,23 @@
 # ---
 
 # %% [markdown]
-# # What transfers
+# # The recipe
 #
-# Task 3 asks more of a network than to survive the partner that it was trained with. This page looks for what makes
-# two networks that never met summable, takes the recipe apart, and then sums more than two.
+# How to train a network so that it can be added to a stranger's:
 #
-# The parts:
+# 1. **Train beside a partner, with the loss on the sum**: CE + CE + the third term `ce`, symmetric, on a small network
+#    that lies in a sum twice as wide under a random **key**: the channels of each layer that it may use (k = ½).
+# 2. **Move the partner about**: in most steps it lies under a fresh key. A permuted network computes the same function, so
+#    one partner is an endless supply of strangers. Batch norm stores its scale as a deviation from 1 (`centered_scale`).
+# 3. **Be quiet on others' images**: each network answers the partner's images with a uniform distribution.
+# 4. **Add in more room than you trained in**: each network draws a key of ⅛ or less for itself, knowing nothing of the
+#    other, and a layer of fewer than 64 channels gets the room of one that has 64. The weights are added.
+# 5. **Set the batch norm from each owner's images**: a channel that one network owns has its statistics from that
+#    network's unlabelled training images, a shared one from both. No task label at test time. In a sum sparse enough
+#    (1/128), adding the state dicts, buffers and all, does without images.
 #
-# - **keys**: a network may use only a share k of the channels of every layer, so that another one has room beside it.
-#   *Random* keys are drawn by each task for itself, and overlap in a share k of a network's channels; *disjoint* keys
-#   are dealt by agreement, and don't overlap.
-# - **symmetric**: the sum must keep the support task as well, so that θ_main learns not to disturb.
-# - **quiet**: θ_main should answer the support task's images with a uniform distribution, and the other way round, each
-#   under its own batch-norm statistics. It is what outlier exposure asks of a network (Hendrycks et al. 2019,
-#   [arXiv:1812.04606](https://arxiv.org/abs/1812.04606)).
-# - **permuted support**: a network whose hidden channels are permuted computes the same function, so that a partner
-#   has an endless supply of disguises. In most steps the sum is made with the support network under a new random key.
-# - **centered scale**: batch norm stores its scale γ as a deviation from 1. The γ of two networks add up to 2 in a
-#   channel that both use, which makes just the disturbed channels the loudest; stored as deviations they add up to 1.
+# What to expect is below: the whole curve over k, what each part is worth, where the losses are, how many networks fit,
+# and the price.
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -39,164 +38,187 @@ from IPython.display import Markdown
 
 from weightsum_lib.report import findings, plots, tables
 from weightsum_lib.study import measure, params
-from weightsum_lib.study.params import BASELINE, DISJOINT, RANDOM, SPARSE, TRAINED
+from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM
 from weightsum_lib.study.runs import Study
 
 NOTEBOOK = "04_what_transfers"
-FIRST, SECOND, SUPPORT = "mnist", "svhn", "cifar10"
+FIRST, SECOND, SUPPORT = NAMES = ("mnist", "svhn", "cifar10")
+BOTH = (FIRST, SECOND)
+HEADLINE, SPARSEST = measure.SHARE, 1 / 128  # k of the sum
+SHARES = (1 / 2, 1 / 4, HEADLINE, 1 / 32, SPARSEST)
 
 p = params.from_notebook(globals())  # to explore the networks that `make all` trained: params.read("quick")
 study = Study(p)
 plots.use_style()
-shown = [TRAINED, *(m for m in p.methods if p.method(m).keys != "none")]
-frame = measure.strangers(study, FIRST, SECOND, parts=True)
+recipe, plainly = "the recipe", "networks trained plainly"
+lines = {
+    recipe: measure.curve(study, [RANDOM], BOTH, SHARES),
+    "the recipe, equal room in all layers": measure.curve(study, [RANDOM], BOTH, SHARES[1:], (0,), draws=5),
+    plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=5),
+    "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policies=("summed",), draws=5),
+    "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policies=("union",), draws=5),
+}
 Markdown(tables.data_notice(study.describe_data()))
 
 # %% [markdown]
-# ## What each part adds
+# ## How dense may keys be?
 #
-# MNIST + SVHN, never trained together and not trained after the sum, for every row that uses keys; a dense row is
-# there for comparison. Statistics: `owner` for disjoint keys, else `union`. *Before* is what the network does alone: a
-# part that makes the sum better by making the networks worse shows there.
+# MNIST + SVHN, never trained together and not trained after the sum. The networks are the same along a line: a key is a
+# property of the sum, so one pair gives the whole curve. Means over draws of the keys, then over seeds. *Kept* is the
+# accuracy of the sum over that of the network alone.
+#
+# At the sparse end two keys hardly meet: two networks of 8 channels in 1,024 share one in one draw of 16. There the sum
+# of the weights *is* the ensemble of the logits, with the recipe or without, and all that is lost is lost to loud answers
+# on the other's images. At the dense end a network has to live with the other in its channels: there the recipe shows.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every combination of parts, test accuracy of the task's own network, of the sum, and of the other task's network as a control. The table below holds the same numbers."}}
-policy = {m: measure.headline_policy(p, m) for m in p.methods}
-sums = tables.wide(frame[frame["policy"] == frame["method"].map(policy)])
-every = tables.summarize(sums, ["method", "policy", "tested"])
-summary, kept = every.loc[shown], every["kept"].droplevel("policy")
-random, disjoint = (" and ".join(f"{cell.mean:.0f} %" for cell in kept[m]) for m in (RANDOM, DISJOINT))
-both = f"{tables.title(FIRST)} and {tables.title(SECOND)}"
-plots.unmet(summary, f"Of {both}, random keys keep {random}, disjoint keys {disjoint}")
-
-# %% tags=["hide-input"]
-columns = ["before", "ensemble", "after", "kept", "other", "renamed"]
-of_task = {name: tables.table(summary.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
-of_task[FIRST].style.hide(axis="index").set_caption(f"On {tables.title(FIRST)}")
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum of two networks keeps, in percent, against the share k of the sum's channels that each network uses, one line for the recipe, for the recipe with equal room in all layers, with other batch-norm statistics, and for networks that were trained plainly. The table below holds the numbers."}}
+wide = tables.wide(pd.concat([frame.assign(line=line) for line, frame in lines.items()]))
+curves = tables.summarize(wide, ["line", "share", "tested"])
+kept = curves["kept"]
+at_headline = " and ".join(f"{kept[recipe, HEADLINE, n].mean:.1f} % of {tables.title(n)}" for n in BOTH)
+plots.kept_by_share(curves, f"Under random keys of ⅛ the sum of two strangers keeps {at_headline}")
 
 # %% tags=["hide-input"]
-of_task[SECOND].style.hide(axis="index").set_caption(f"On {tables.title(SECOND)}")
+columns = ["after", "kept", "kept_of_ensemble", "worst", "spread"]
+curve_tables = {n: tables.table(curves.xs(n, level="tested"), columns) for n in BOTH}
+curve_tables[FIRST].style.hide(axis="index").set_caption(f"On {tables.title(FIRST)}")
+
+# %% tags=["hide-input"]
+curve_tables[SECOND].style.hide(axis="index").set_caption(f"On {tables.title(SECOND)}")
+
+# %% [markdown]
+# What two keys have in common, layer by layer: the expected number of channels that both networks use. The weights of a
+# sum that is stored as the channels it uses are never more than its parents' together, however wide the sum is.
+
+# %% tags=["hide-input"]
+room = measure.room(study, RANDOM, BOTH, SHARES)
+room_table = tables.room_table(room)
+room_table.style.hide(axis="index")
+
+# %% [markdown]
+# ## Where it is lost
+#
+# The sum at k = ⅛ with *equal* room in all layers, when keys are random in one layer and disjoint in all others. A share
+# of a layer's channels collides; how large it is varies from draw to draw with a variance of one over the layer's room,
+# and a network of 8 channels that loses 2 has lost much. Hence the rule, one number: a layer of fewer than 64 channels
+# gets the room of one that has 64, which makes the variance equal wherever it was larger. Validation images, and seeds
+# that no table of test images has.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Bars: points of accuracy that the sum loses against the ensemble when keys are random in one layer only, one group of bars a layer, for MNIST and SVHN."}}
+choosing = {"split": "val", "seeds": p.choice_seeds_of(RANDOM)}
+one_layer = [
+    measure.curve(study, [RANDOM], BOTH, (HEADLINE,), (0,), draws=5, only=layer, **choosing).assign(layer=layer)
+    for layer in room["layer"].unique()
+]
+by_layer = tables.summarize(tables.wide(pd.concat(one_layer)), ["layer", "tested"])
+worst_layer = by_layer["interference"].map(lambda cell: cell.mean).groupby("layer").max().idxmax()
+plots.lost_by_layer(by_layer, f"The sum loses most to collisions in {worst_layer.rpartition('.')[2]}")
+
+# %% [markdown]
+# ## What each part is worth
+#
+# Each row leaves one part out, or has more of one, and is summed as the recipe is, at k = ⅛. All choices of the recipe were
+# made in this way: on validation images, with seeds that no table of test images has. Differences are paired by seed.
+
+# %% tags=["hide-input"]
+parts = measure.curve(study, [RANDOM, ALONE, *p.parts], BOTH, (HEADLINE,), **choosing)
+of_parts = tables.wide(parts)
+part_table = tables.table(
+    tables.against(of_parts, RANDOM, ["before", "ensemble", "after", "kept"]),
+    ["before", "ensemble", "after", "kept", "difference"],
+)
+part_table.style.hide(axis="index")
 
 # %% [markdown]
 # The switches of each row that are not at their default (what each means: {class}`Method <weightsum_lib.Method>`):
 
 # %% tags=["hide-input"]
-switch_table = tables.switch_table({m: p.method(m) for m in shown})
+switch_table = tables.switch_table({m: p.method(m) for m in (RANDOM, ALONE, DISJOINT, *p.parts)})
 switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 
 # %% [markdown]
-# ## The luck of the draw
+# ## How many fit?
 #
-# A network under a key computes the same function wherever its channels lie. So the same two networks can be summed
-# again under fresh keys, nothing trained anew, and what the sum keeps varies with the channels that happen to collide.
-# The tables above show one draw; here are ten for every pair of the random-keys recipe.
+# Networks of further tasks join the sum, one after another: other colours and quarter turns of the same datasets. Each
+# was trained by the recipe beside a CIFAR-10 network (the CIFAR-10 one beside inverted MNIST), and has met none of the
+# others. The ensemble of their logits stands beside every number: what it loses is lost to loudness, and no key can
+# give it back. A channel of one of N networks collides with a share (N − 1)·k of the others' on average.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. For each share k of random keys, one dot for what the sum keeps under each of ten draws of the keys, and their mean. The table below holds the means."}}
-recipe = tables.same_recipe(p.methods, RANDOM)
-draws = tables.wide(pd.concat([measure.draws(study, m, FIRST, SECOND) for m in recipe.index]))
-redrawn = tables.summarize(draws, ["method", "tested"])
-luck = draws.xs((RANDOM, 0, SECOND), level=("method", "seed", "tested"))["kept"]
-span = f"{luck.min():.0f} to {luck.max():.0f} % of {tables.title(SECOND)}"
-plots.draws(draws, redrawn, f"The sum of one pair keeps {span}, as the draw has it ({RANDOM})")
-
-# %% tags=["hide-input"]
-redrawn_table = tables.table(redrawn, ["before", "after", "kept"])
-redrawn_table.style.hide(axis="index").set_caption(f"Means of {measure.DRAWS} draws")
-
-# %% [markdown]
-# ## Accuracy against the overlap
-#
-# Two networks of the same size, in ever wider sums: the smaller the share k of the channels that each uses, the fewer
-# they have in common. k = 0 are disjoint keys, k = 1 a dense pair. Random keys: means over the draws.
-
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: test accuracy of the sum against the share of channels that the two networks have in common, with the accuracy before the sum, and lines for the control and for chance."}}
-of_size = recipe[recipe["network_width"] == recipe["network_width"][RANDOM]]
-overlap = {**of_size["k"], BASELINE: 1.0, TRAINED: 1.0, DISJOINT: 0.0}
-least = of_size["k"].idxmin()
-share, of_least = f"At k = 1/{1 / overlap[least]:g} random keys keep", redrawn["kept"][least]
-kept_there = " and ".join(f"{of_least[name].mean:.0f} % of {tables.title(name)}" for name in (FIRST, SECOND))
-plots.against_overlap(
-    redrawn.loc[list(of_size.index)],
-    every.loc[[BASELINE, TRAINED, DISJOINT]],
-    overlap,
-    redrawn["other"][RANDOM],
-    f"{share} {kept_there}",
+# %% tags=["hide-input"] mystnb={"image": {"alt": "What tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys, one for disjoint keys, and one for the ensemble of the logits."}}
+PAIR = [(FIRST, SUPPORT, "main"), (SECOND, SUPPORT, "main")]  # task, the partner's task in training, role there
+NEITHER = (SUPPORT, f"{FIRST} inverted", "main")
+JOINING = [*PAIR, NEITHER, (f"{SECOND} inverted", SUPPORT, "main")]
+COUNTS = (2, 3, 4)
+grown = [
+    measure.several(study, m, JOINING[:count], seed, SHARES[1:], draws=5).assign(networks=count)
+    for m in (RANDOM, DISJOINT)
+    for count in COUNTS
+    for seed in p.seeds_of(m)[:1]
+]
+growing = tables.wide(pd.concat(grown))
+fit = growing["kept"].xs(RANDOM, level="method").groupby(["networks", "share"]).mean()
+most = fit.xs(len(JOINING), level="networks")
+plots.number_of_networks(
+    growing,
+    f"{len(JOINING)} strangers keep {most[SPARSEST]:.0f} % on average at k = 1/128, {most[HEADLINE]:.0f} % at ⅛",
 )
 
+# %% tags=["hide-input"]
+several = tables.summarize(growing, ["method", "share", "networks", "tested"])
+several_table = tables.table(several.xs(len(JOINING), level="networks"), ["before", "ensemble", "after", "kept"])
+several_table.style.hide(axis="index")
+
 # %% [markdown]
-# ## More than two
+# ## Loudness, the open problem of more than two
 #
-# θ_m + θ_s + a CIFAR-10 network. Which one? The support network of the MNIST pair has met θ_m, that of the SVHN
-# pair has met θ_s, one that was trained as the main network beside inverted MNIST has met neither, and one whose support
-# network learned MNIST and SVHN together has met neither network but the images of both.
+# θ_m + θ_s + a CIFAR-10 network under disjoint keys, where nothing collides. Which CIFAR-10 network? The support network of
+# the MNIST pair has met θ_m, that of the SVHN pair has met θ_s, one that was trained as the main network beside inverted
+# MNIST has met neither, and one whose support network learned MNIST and SVHN together has met neither network but the
+# images of both. What is lost here is lost to answers on images that nobody showed a network.
 
 # %% tags=["hide-input"]
-PAIR = [(FIRST, SUPPORT, "main"), (SECOND, SUPPORT, "main")]  # task, the partner's task in training, role there
 THIRDS = {
     "MNIST's support": (SUPPORT, FIRST, "support"),
     "SVHN's support": (SUPPORT, SECOND, "support"),
-    "met neither": (SUPPORT, f"{FIRST} inverted", "main"),
+    "met neither": NEITHER,
     "met the images of both": (SUPPORT, f"{FIRST}+{SECOND}", "main"),
 }
 three = [
-    measure.several(study, m, [*PAIR, third], seed).assign(third=label)
-    for m in (TRAINED, RANDOM, DISJOINT)
+    measure.several(study, DISJOINT, [*PAIR, third], seed).assign(third=label)
     for label, third in THIRDS.items()
-    if m == DISJOINT or third[2] == "support"  # the others do no better with networks that they have not met
-    for seed in p.seeds_of(m)
+    for seed in p.seeds_of(DISJOINT)
 ]
-of_three = tables.summarize(tables.wide(pd.concat(three)), ["method", "third", "policy", "tested"])
-three_table = tables.table(of_three, ["before", "after"])
+of_three = tables.summarize(tables.wide(pd.concat(three)), ["third", "tested"])
+three_table = tables.table(of_three, ["before", "ensemble", "after", "kept"])
 three_table.style.hide(axis="index")
-
-# %% [markdown]
-# Further tasks are the same datasets with inverted colours. Each network was trained beside CIFAR-10 (the CIFAR-10
-# network beside inverted MNIST), and has met none of the others. With disjoint keys there is room for 1/k networks.
-# Where a task's line rises again, the network that joined can read that task too: inverted house numbers are still
-# house numbers.
-
-# %% tags=["hide-input"] mystnb={"image": {"alt": "What each task keeps, in percent, against the number of networks in the sum under disjoint keys, one line a task."}}
-JOINING = [*PAIR, THIRDS["met neither"], (f"{SECOND} inverted", SUPPORT, "main")]
-grown = [
-    measure.several(study, DISJOINT, JOINING[:count], 0).assign(networks=count) for count in range(2, len(JOINING) + 1)
-]
-growing = tables.wide(pd.concat(grown))
-suffers = growing["kept"].xs(len(JOINING), level="networks").groupby("tested").first().sort_values()
-plots.number_of_networks(
-    growing,
-    f"With {len(JOINING)} networks in the sum {tables.title(suffers.index[0])} suffers most: "
-    f"it keeps {suffers.iloc[0]:.0f} %",
-)
 
 # %% [markdown]
 # ## The price
 #
-# A network under a key of share k is a network of k times the width, and quietness takes some of its capacity. Here is
-# what each network does alone, before any sum, against a dense one of full width (that of `independent`) and one of its
-# own size, both trained alone for as many steps (own training task's statistics).
+# A network under a key is a small network, and quietness and strange partners take some of its capacity. Here is what
+# each does alone, before any sum, against a dense one of full width (that of `independent`) and one of its own size,
+# both trained alone for as many steps (own training task's statistics). *Counts*: not worse than the one of its size by
+# more than a point, by the end of the interval.
 
 # %% tags=["hide-input"]
-twins = {m: p.twin(m) for m in p.methods}
-price = tables.price(tables.wide(frame), twins, BASELINE)
-price_table = tables.table(tables.summarize(price, ["method", "tested"]), ["before", "gap_full", "gap_size"])
+frame = measure.strangers(study, FIRST, SECOND)
+sums = tables.wide(frame)
+price = tables.summarize(tables.price(sums, {m: p.twin(m) for m in p.methods}, BASELINE), ["method", "tested"])
+price_table = tables.table(price, ["before", "gap_full", "gap_size"])
 price_table.style.hide(axis="index")
 
 # %% [markdown]
 # ## Finding
 
 # %% tags=["hide-input"]
-# of the redrawn rows: those of the other pages, and the one with the largest networks
-named = [m for m in recipe.index if m in (RANDOM, SPARSE, recipe.index[-1])]
-met_none, met_images = (
-    of_three.xs((DISJOINT, f"met {whom}"), level=("method", "third")).droplevel("policy")
-    for whom in ("neither", "the images of both")
-)
-finding = findings.of_transfer(
-    *(summary.loc[m].droplevel("policy") for m in (DISJOINT, RANDOM)), redrawn.loc[named], met_none, met_images
-)
+finding = findings.of_recipe(kept[recipe], kept[plainly], (HEADLINE, SPARSEST), of_three["kept"]["met neither"])
 tables.save(
     NOTEBOOK,
     study,
-    {"finding": finding, **tables.values_of(summary)},
-    {**of_task, "switches": switch_table, "redrawn": redrawn_table, "three": three_table, "price": price_table},
+    {"finding": finding},
+    {**curve_tables, "room": room_table, "parts": part_table, "switches": switch_table, "several": several_table}
+    | {"three": three_table, "price": price_table},
+    intervals={**tables.intervals_of(curves), **tables.intervals_of(of_three), **tables.intervals_of(price)},
+    rows=wide,
 )
 Markdown(finding)

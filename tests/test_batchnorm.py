@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from weightsum_lib import WeightSum, normalize, recalibrate, vgg8
+from weightsum_lib import WeightSum, deal, draw, hidden_channels, normalize, recalibrate, vgg8
 from weightsum_lib.core.batchnorm import var_mean
 
 
@@ -191,3 +191,69 @@ def test_statistics_in_pieces_are_those_of_the_whole(shape, piece, dtype):
     found = var_mean(x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x, piece)
     torch.testing.assert_close(found[0], variance, rtol=1e-4, atol=0)
     torch.testing.assert_close(found[1], mean, rtol=1e-6, atol=0)
+
+
+# Statistics from the owners' images.
+
+
+@pytest.fixture
+def of_two():
+    """Two networks, random images for each, whose they are, and their architecture's channels."""
+    networks = [vgg8(width=1 / 16).eval(), vgg8(width=1 / 16).eval()]
+    parts = [torch.randn(40, 3, 32, 32), 2 * torch.randn(30, 3, 32, 32) + 1]
+    channels = hidden_channels(networks[0], torch.zeros(2, 3, 32, 32))
+    return networks, parts, torch.tensor([0] * 40 + [1] * 30), channels
+
+
+def test_under_disjoint_keys_owners_images_give_the_networks_own_statistics(of_two):
+    networks, parts, owners, channels = of_two
+    total = WeightSum(networks, keys=[deal(channels, 4.0, i) for i in (2, 0)])
+    shuffled = torch.randperm(70)
+    recalibrate(total, torch.cat(parts)[shuffled], owners[shuffled])
+    for network, images, key in zip(networks, parts, total.keys, strict=True):
+        for name, wanted in statistics(recalibrate(network, images)).items():
+            places = key.positions[channels.axes[name][0][1]]
+            torch.testing.assert_close(total.body.get_buffer(name)[places], wanted, rtol=1e-5, atol=1e-6)
+    nobody = statistics(total.body)["features.bn1_1.running_var"][4:8]
+    assert nobody.tolist() == [0] * 4
+
+
+def test_a_shared_channel_has_the_images_of_all_that_share_it(of_two):
+    networks, parts, owners, channels = of_two
+    generator = torch.Generator().manual_seed(0)
+    total = WeightSum(networks, keys=[draw(channels, 2.0, generator) for _ in networks])
+    seen = {}
+    first = total.body.features.bn1_1
+    hook = first.register_forward_pre_hook(lambda layer, args: seen.update(x=args[0]))
+    recalibrate(total, torch.cat(parts), owners)
+    hook.remove()
+    places = [set(key.positions["features.conv1_1"].tolist()) for key in total.keys]
+    assert places[0] & places[1] and places[0] - places[1] and places[1] - places[0]
+    for channel in range(8):
+        has = [channel in its for its in places]
+        rows = torch.tensor([has[i] or not any(has) for i in owners])
+        wanted = seen["x"][rows, channel].double()
+        torch.testing.assert_close(first.running_mean[channel].double(), wanted.mean(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(first.running_var[channel].double(), wanted.var(), rtol=1e-4, atol=1e-6)
+
+
+def test_without_keys_all_images_count_whoever_owns_them(of_two):
+    networks, parts, owners, _ = of_two
+    sums = [recalibrate(WeightSum(networks), torch.cat(parts), whose) for whose in (owners, None)]
+    for name, wanted in statistics(sums[1]).items():
+        torch.testing.assert_close(sums[0].get_buffer(name), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("owners", [[0] * 70, [0] * 69 + [1], [0] * 40 + [1] * 29, [-1] + [0] * 39 + [1] * 30,
+                                    [0] * 30 + [1] * 30 + [2] * 10])  # fmt: skip
+def test_owners_that_dont_fit_are_refused(of_two, owners):
+    networks, parts, _, _ = of_two
+    with pytest.raises(ValueError, match="one network number an image"):
+        recalibrate(WeightSum(networks), torch.cat(parts), torch.tensor(owners))
+
+
+def test_owners_want_a_sum_and_a_tensor(of_two):
+    networks, parts, owners, _ = of_two
+    for module, images in ((networks[0], torch.cat(parts)), (WeightSum(networks), parts)):
+        with pytest.raises(ValueError, match="of a sum and a tensor"):
+            recalibrate(module, images, owners)

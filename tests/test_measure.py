@@ -1,13 +1,16 @@
 """What is measured, held to sums made by hand."""
 
+import base64
 import copy
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import tiny_params
 
-from weightsum_lib import Ensemble, WeightSum, compact, normalize, recalibrate, relabelled
+from weightsum_lib import Ensemble, WeightSum, compact, normalize, overlap, recalibrate, relabelled
 from weightsum_lib.study import measure, store, sums
 from weightsum_lib.study.config import build
 from weightsum_lib.study.runs import Study
@@ -60,13 +63,13 @@ def calibration(study, *names):
 def test_before_and_after_are_what_a_hand_made_sum_measures(study, pairs):
     main, support = (network(study, "joint ce", "mnist", role=role) for role in ("main", "support"))
     mnist = calibration(study, "mnist")
-    about = {"method": "joint ce", "policy": "per_task"}
+    about = {"method": "joint ce"}
     total = percent(study, WeightSum([main, support]), "mnist", mnist)
-    assert one(pairs, **about, network="sum", tested="mnist") == total
+    assert one(pairs, **about, policy="per_task", network="sum", tested="mnist") == total
     assert one(pairs, **about, network="main", tested="mnist") == percent(study, main, "mnist", mnist)
-    assert one(pairs, **about, network="support", tested="mnist") == percent(study, support, "mnist", mnist)
-    own = percent(study, support, "cifar10", calibration(study, "cifar10"))
-    assert one(pairs, **about, network="support", tested="cifar10") == own
+    photos = calibration(study, "cifar10")
+    for name in ("mnist", "cifar10"):  # under its own statistics on either
+        assert one(pairs, **about, network="support", tested=name) == percent(study, support, name, photos)
     batch = one(pairs, method="joint ce", policy="summed", network="sum", tested="mnist")
     assert batch == percent(study, WeightSum([main, support]).add_statistics(), "mnist")
 
@@ -75,14 +78,14 @@ def test_every_row_of_the_profile_is_measured_under_every_policy_that_fits_it(st
     sequential = [f"sequential, from {start}" for start in ("the sum", "θ_main", "random weights")]
     wanted = [m for row in study.params.rows for m in (sequential if row == "sequential" else [row])]
     assert list(dict.fromkeys(pairs["method"])) == wanted
-    before = [one(pairs, method=m, network="main", tested="mnist", policy="per_task") for m in sequential]
-    alone = one(pairs, method="independent", network="main", tested="mnist", policy="per_task")
-    assert before == [alone] * 3
+    before = [one(pairs, method=m, network="main", tested="mnist") for m in sequential]
+    assert before == [one(pairs, method="independent", network="main", tested="mnist")] * 3
     for frame, rows in ((pairs, wanted[3:]), (strangers, [r for r in study.params.rows if r != "sequential"])):
         for row in set(rows) - set(sequential):
             keys = study.params.method(row).keys
-            has = [p for p in measure.POLICIES if p != "owner" or keys == "disjoint"]
-            assert list(dict.fromkeys(frame[frame["method"] == row]["policy"])) == has
+            has = [p for p in measure.POLICIES if p != "by_owner" or keys != "none"]
+            of_sums = frame[(frame["method"] == row) & (frame["network"] == "sum")]
+            assert list(dict.fromkeys(of_sums["policy"])) == has
 
 
 def test_a_measurement_is_made_once(study, pairs, monkeypatch):
@@ -91,68 +94,107 @@ def test_a_measurement_is_made_once(study, pairs, monkeypatch):
     pd.testing.assert_frame_equal(again, pairs)
     monkeypatch.setattr(store, "code_digest", lambda *roots: "edited since")
     with pytest.raises(pytest.fail.Exception):
-        measure.frame(study, [case for case in measure._strangers(study, "mnist", "svhn", False)][:1])
+        measure.frame(study, [*measure._strangers(study, "mnist", "svhn")][:1])
+
+
+def test_which_images_were_right_is_kept_and_tells_the_sampling_error(study):
+    member = measure.pair_members(study, "joint ce", "mnist", "cifar10", 0)[0]
+    found = measure.accuracies(study, sums.alone(member), "own", ("mnist",), "test")["mnist"]
+    right = np.unpackbits(np.frombuffer(base64.b64decode(found["right"]), np.uint8))[: found["images"]]
+    assert found["images"] == 40 and 100 * right.mean() == found["accuracy"]
+    blocks = right.reshape(4, 10).mean(1)
+    assert measure.sampling_error(found["right"], 40) == pytest.approx(100 * blocks.std(ddof=1) / 2)
+    bits = np.random.default_rng(0).random(4000) < 0.9
+    packed = base64.b64encode(np.packbits(bits)).decode()
+    assert measure.sampling_error(packed, 4000) == pytest.approx(100 * (0.09 / 4000) ** 0.5, rel=0.15)
 
 
 def test_sums_of_strangers_and_their_controls(study, strangers):
     theta_m, theta_s = (network(study, "joint ce", name) for name in ("mnist", "svhn"))
-    both = calibration(study, "mnist", "svhn")
-    about = {"method": "joint ce", "policy": "union"}
-    total = WeightSum([theta_m, theta_s])
-    assert one(strangers, **about, network="sum", tested="svhn") == percent(study, total, "svhn", both)
-    assert one(strangers, **about, network="svhn", tested="mnist") == percent(study, theta_s, "mnist", both)
-    ensemble = percent(study, Ensemble([theta_m, theta_s]), "svhn", both)
+    both, own = calibration(study, "mnist", "svhn"), [calibration(study, name) for name in ("mnist", "svhn")]
+    total, about = WeightSum([theta_m, theta_s]), {"method": "joint ce"}
+    assert one(strangers, **about, policy="union", network="sum", tested="svhn") == percent(study, total, "svhn", both)
+    assert one(strangers, **about, network="svhn", tested="mnist") == percent(study, theta_s, "mnist", own[1])
+    with autocast(study.precision, both.device):
+        parents = [recalibrate(copy.deepcopy(t), normalize(x)) for t, x in zip((theta_m, theta_s), own, strict=True)]
+    ensemble = percent(study, Ensemble(parents), "svhn")
     assert one(strangers, **about, network="ensemble", tested="svhn") == ensemble
     renaming = torch.arange(10).roll(1)
     renamed = percent(study, WeightSum([theta_m, relabelled(theta_s, renaming)]), "svhn renamed 1", both)
     assert one(strangers, **about, network="renamed", tested="svhn") == renamed
-    assert strangers["confidence"].between(10, 100.001).all()
+    assert strangers["confidence"].between(10, 100.001).all() and set(strangers["split"]) == {"test"}
 
 
 def test_under_disjoint_keys_the_state_dicts_are_added(study, strangers):
-    theta_m, theta_s = (network(study, "disjoint keys", name) for name in ("mnist", "svhn"))
-    about = {"method": "disjoint keys", "policy": "owner"}
-    ensemble = percent(study, Ensemble([theta_m, theta_s]), "svhn")
-    assert one(strangers, **about, network="ensemble", tested="svhn") == ensemble
-    of_sum = one(strangers, **about, network="sum", tested="svhn")
-    assert of_sum == pytest.approx(ensemble, abs=2.6)  # one image of 40: bfloat16
+    networks = [network(study, "disjoint keys", name) for name in ("mnist", "svhn")]
+    of_sum = one(strangers, method="disjoint keys", policy="summed", network="sum", tested="svhn")
+    assert of_sum == pytest.approx(percent(study, Ensemble(networks), "svhn"), abs=2.6)  # one image of 40: bfloat16
 
 
 def test_a_policy_gives_the_statistics_that_it_names(study):
-    theta = network(study, "joint ce", "mnist")
-    both = ("mnist", "svhn")
-    means = {p: sums.under_policy(study, theta, p, both, "mnist").features.bn1_1.running_mean for p in measure.POLICIES}
-    assert torch.equal(means["owner"], theta.features.bn1_1.running_mean) and means["batch"] is None
-    assert not torch.allclose(means["union"], means["per_task"])
-    batch = sums.under_policy(study, theta, "batch", both, "mnist")
+    total, both = WeightSum([network(study, "joint ce", name) for name in ("mnist", "svhn")]), ("mnist", "svhn")
+    means = {p: sums.under_policy(study, total, p, both, "mnist").features.bn1_1.running_mean for p in measure.POLICIES}
+    parents = [n.features.bn1_1.running_mean for n in total.networks]
+    torch.testing.assert_close(means["summed"], parents[0] + parents[1])
+    torch.testing.assert_close(means["by_owner"], means["union"])
+    assert not torch.allclose(means["union"], means["per_task"]) and means["batch"] is None
+    batch = sums.under_policy(study, total, "batch", both, "mnist")
     x = normalize(study.dataset("mnist").test_images)
     assert not torch.allclose(batch(x[:20]), batch(x)[:20]) and not batch.training
 
 
 def test_a_key_is_a_property_of_the_sum_and_not_of_the_run(study):
     members = measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0)
-    first = sums.keyed(study, "random keys", members, ("mnist", "svhn"))
-    wider = sums.Sum(first.members, first.tasks, keys="random", width=first.width * 4)
-    sizes = [s.key_of(0).sizes["classifier.fc2"] for s in (first, wider)]
-    assert sizes[1] == 4 * sizes[0]
-    drawn = [sums.Sum(first.members, first.tasks, keys="random", width=first.width, draw=d) for d in (0, 0, 1)]
-    at = [d.key_of(1).positions["classifier.fc2"].tolist() for d in drawn]
+    trained = sums.keyed(study, "random keys", members)
+    wider = sums.keyed(study, "random keys", members, trained.share / 4)
+    sizes = [s.key_of(0).sizes["classifier.fc2"] for s in (trained, wider)]
+    assert sizes[1] == 4 * sizes[0] and wider.share == trained.share / 4
+    at = [replace(trained, draw=d).key_of(1).positions["classifier.fc2"].tolist() for d in (0, 0, 1)]
     assert at[0] == at[1] != at[2]
-    dealt = sums.Sum(first.members, first.tasks, keys="disjoint", width=first.width)
+    dealt = replace(trained, keys="disjoint")
     assert not torch.isin(*(dealt.key_of(i).positions["classifier.fc1"] for i in (0, 1))).any()
 
 
+def test_narrow_layers_get_the_room_of_wider_ones(study):
+    members = measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0)
+    key = sums.keyed(study, "random keys", members, 1 / 8, narrow=16).key_of(0)
+    for group, size in key.channels.sizes.items():
+        assert key.sizes[group] == 8 * max(size, 16), group
+    rows = measure.room(study, "random keys", ("mnist", "svhn"), [1 / 8], narrow=16).set_index("layer")
+    assert rows.loc["features.conv1_1", "shared"] == 1 / (8 * 16) and (rows["room"] >= 8 * 16).all()
+
+
+def test_keys_that_are_random_in_one_layer_are_disjoint_in_all_others(study):
+    members = measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0)
+    what = sums.keyed(study, "random keys", members, 1 / 2, only="classifier.fc1")
+    keys, drawn = ([w.key_of(i) for i in (0, 1)] for w in (what, replace(what, only="")))
+    shared = overlap(*keys)
+    assert {group for group, share in shared.items() if share} == {"classifier.fc1"}
+    assert shared["classifier.fc1"] == overlap(*drawn)["classifier.fc1"]
+
+
 def test_redrawn_keys_move_the_networks_and_change_nothing_else(study, strangers):
-    frame = measure.draws(study, "random keys", "mnist", "svhn")
-    about = {"method": "random keys", "network": "sum", "tested": "svhn"}
-    assert one(frame, **about, draw=0) == one(strangers, **about, policy="union")
-    of_sum = frame[(frame["network"] == "sum") & (frame["tested"] == "mnist")]
+    about = {"method": "random keys", "network": "sum", "policy": "by_owner"}
+    of_sum = strangers[(strangers[list(about)] == pd.Series(about)).all(axis=1) & (strangers["tested"] == "mnist")]
     assert of_sum["draw"].tolist() == list(range(measure.DRAWS)) and of_sum["accuracy"].nunique() > 1
-    keys = [sums.keyed(study, "random keys", measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0),
-                          ("mnist", "svhn"), draw=3).key_of(i) for i in (0, 1)]  # fmt: skip
-    networks = [network(study, "random keys", name) for name in ("mnist", "svhn")]
+    members = measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0)
+    what = sums.keyed(study, "random keys", members, measure.SHARE, narrow=measure.NARROW, draw=3)
+    keys, networks = [what.key_of(i) for i in (0, 1)], [network(study, "random keys", n) for n in ("mnist", "svhn")]
     by_hand = WeightSum(networks, keys=compact(keys))
-    assert one(frame, **about, draw=3) == percent(study, by_hand, "svhn", calibration(study, "mnist", "svhn"))
+    images = calibration(study, "mnist", "svhn")
+    with autocast(study.precision, images.device):
+        recalibrate(by_hand, normalize(images), torch.arange(2).repeat_interleave(len(images) // 2))
+    assert one(strangers, **about, tested="svhn", draw=3) == percent(study, by_hand, "svhn")
+
+
+def test_a_curve_has_every_share_draw_and_policy(study):
+    about = {"policies": ("by_owner", "summed"), "draws": 2, "split": "val"}
+    frame = measure.curve(study, ["random keys", "keys alone"], ("mnist", "svhn"), (1 / 2, 1 / 32), (0, 16), **about)
+    of_sum = frame[frame["network"] == "sum"]
+    levels = ["method", "share", "narrow", "policy", "draw", "tested"]
+    assert len(of_sum) == 2**6 and not of_sum.duplicated(levels).any()
+    assert set(of_sum["split"]) == {"val"} and set(of_sum["share"]) == {1 / 2, 1 / 32}
+    assert set(frame["network"]) == {"sum", "mnist", "svhn", "ensemble"}
 
 
 def test_in_a_disjoint_sum_each_network_explains_all_of_its_own_channels(study):
@@ -169,15 +211,17 @@ def test_more_than_two_networks_and_who_met_whom(study):
     frame = measure.several(study, "disjoint keys", three, 0)
     networks = [network(study, "disjoint keys", task, partner) for task, partner, _ in three]
     members = [m for task, p, _ in three for m in measure.pair_members(study, "disjoint keys", task, p, 0)[:1]]
-    what = sums.keyed(study, "disjoint keys", members, [t for t, *_ in three])
+    what = sums.keyed(study, "disjoint keys", members)
     total = WeightSum(networks, keys=[what.key_of(i) for i in range(3)]).add_statistics()
     found = one(frame, network="sum", tested="svhn")
     assert found == pytest.approx(percent(study, total, "svhn"), abs=2.6)
-    assert one(frame, network="svhn", tested="svhn") == percent(study, networks[1], "svhn")
+    alone = percent(study, networks[1], "svhn", calibration(study, "svhn"))
+    assert one(frame, network="svhn", tested="svhn") == alone
     met = measure.several(study, "random keys", [*three[:2], ("cifar10", "mnist", "support")], 0)
     pair = network(study, "random keys", "mnist", role="support")
-    images = calibration(study, "mnist", "svhn", "cifar10")
-    assert one(met, network="cifar10", tested="cifar10") == percent(study, pair, "cifar10", images)
+    alone = percent(study, pair, "cifar10", calibration(study, "cifar10"))
+    assert one(met, network="cifar10", tested="cifar10") == alone
+    assert (met["network"] == "sum").sum() == 3 * measure.DRAWS
 
 
 def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
@@ -188,8 +232,8 @@ def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
         "task arithmetic from a shared start, × 1",
     }  # fmt: skip
     assert (frame.groupby("method")["tested"].apply(sorted).map(tuple) == ("mnist", "svhn")).all()
-    same = {"method": "independent", "policy": "union", "tested": "mnist"}
-    assert one(frame, method="sum", tested="mnist") == one(strangers, **same, network="sum")
+    same = {"method": "independent", "tested": "mnist"}
+    assert one(frame, method="sum", tested="mnist") == one(strangers, **same, policy="union", network="sum")
     assert one(frame, method="ensemble of logits", tested="mnist") == one(strangers, **same, network="ensemble")
     start = build(study.config("shared start", "mnist"))
     a, b = (study.run(study.config("shared start", name)).networks["main"] for name in ("mnist", "svhn"))
@@ -204,9 +248,9 @@ def test_a_network_trained_alone_does_not_know_its_key(study):
     config = study.config("keys alone", "mnist")
     assert config.method.keys == "none" and config.method.network_width == 0.25
     members = measure.pair_members(study, "keys alone", "mnist", "cifar10", 0)
-    key = sums.keyed(study, "keys alone", members, ("mnist", "cifar10")).key_of(0)
+    key = sums.keyed(study, "keys alone", members).key_of(0)
     theta = study.run(config).networks["main"]
-    assert key.sizes["classifier.fc1"] == 4 * len(theta.classifier.fc1.weight)
+    assert key.sizes["classifier.fc1"] == 2 * len(theta.classifier.fc1.weight)
 
 
 def test_the_plane_holds_the_sum_and_the_networks_alone(study):

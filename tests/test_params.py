@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 import time
 from dataclasses import fields, replace
@@ -11,7 +12,7 @@ from papermill.parameterize import parameterize_notebook
 
 from weightsum_lib.run import NOTEBOOKS, notebook_names
 from weightsum_lib.study import params
-from weightsum_lib.study.params import DISJOINT, RANDOM, SHARED, SPARSE, TRAINED, Method, ParamsError
+from weightsum_lib.study.params import DISJOINT, RANDOM, SHARED, TRAINED, Method, ParamsError
 
 PROFILES = ["smoke", "quick", "hour", "full"]
 KEYED = {"protocol": "joint", "third": "ce", "network_width": 0.25}
@@ -56,8 +57,19 @@ def test_each_profile_is_whole_and_comes_back_from_its_json(profile):
     p = params.read(profile)
     assert p.profile == profile
     assert params.check(json.loads(json.dumps(p.as_dict())), "a copy") == p
-    if SPARSE in p.methods:  # the report calls it "in a sum four times as wide"
-        assert p.method(SPARSE) == replace(p.method(RANDOM), sum_width=4.0, seeds=p.method(SPARSE).seeds)
+    for label, share in (("¼", 1 / 4), ("⅛", 1 / 8), ("1/16", 1 / 16)):
+        if (m := p.methods.get(f"random keys, trained at {label}")) is not None:
+            assert m == replace(p.method(RANDOM), sum_width=0.25 / share, seeds=m.seeds)
+    assert all(not set(p.choice_seeds_of(m)) & set(p.seeds_of(m)) for m in p.methods if p.choice_seeds)
+    assert all(p.choice_seeds_of(m) == p.seeds_of(m) for m in p.methods if not p.choice_seeds)
+
+
+def test_every_claim_has_a_value_and_one_target():
+    claims = params.claims()
+    assert len(claims) > 10
+    for claim in claims.values():
+        assert re.fullmatch(r"0\d_\w+:\w+\.\w+(\.1/\d+)?", claim["value"]), claim
+        assert len(claim.keys() & {"at_least", "at_most"}) == 1 and len(claim) == 2
 
 
 def test_the_profiles_are_what_they_promise():
@@ -85,12 +97,19 @@ def made_recipes():
 
 
 def test_a_row_is_a_recipe_or_a_number_of_seeds_or_switches_on_top_or_its_own():
-    rows = {**ROWS, "joint distill": 2, "random keys ⅛": {"quiet": 0}, "x": {"protocol": "joint", "seeds": 3}}
+    rows = {
+        **ROWS,
+        "joint distill": 2,
+        "random keys, trained at ⅛": {"quiet": 0},
+        "x": {"protocol": "joint", "seeds": 3},
+    }
     p = params.read("smoke", {"rows": rows, "parts": {}, "seeds": 5})
     assert p.method("joint distill") == Method("joint", "distill", seeds=2)
-    assert p.method("random keys ⅛") == replace(params.read("smoke").method("random keys ⅛"), quiet=0.0)
+    assert p.method("random keys, trained at ⅛") == replace(
+        params.read("smoke").method("random keys, trained at ⅛"), quiet=0.0
+    )
     assert p.method("x") == Method("joint", seeds=3)
-    assert [len(p.seeds_of(m)) for m in ("joint distill", "x", "random keys ⅛")] == [2, 3, 5]
+    assert [len(p.seeds_of(m)) for m in ("joint distill", "x", "random keys, trained at ⅛")] == [2, 3, 5]
     assert p.methods == p.rows and list(p.rows) == list(rows)
 
 
@@ -106,16 +125,16 @@ def test_a_training_run_depends_on_what_its_protocol_uses():
 
 
 def test_a_row_is_held_against_networks_of_its_own_size():
-    p = params.read("hour")
+    p = params.read("full")
     assert p.twin("joint distill") == p.twin("shared start") == "independent"
-    assert p.twin("random keys 1/32") == "keys alone"
-    wide = "random keys 1/16, networks twice as wide"
-    assert p.twin(wide) == "keys alone 1/16, networks twice as wide"
+    assert p.twin("random keys, trained at 1/16") == "keys alone"
+    wide = "random keys, networks twice as wide"
+    assert p.twin(wide) == "keys alone, networks twice as wide"
     assert p.method(p.twin(wide)).network_width == p.method(wide).network_width == 0.5
     values = p.as_dict()
     del values["parts"][p.twin(wide)]
     with pytest.raises(ParamsError, match=rf"{wide}.*'network_width' 0.5 is trained alone"):
-        params.check(values, "hour")
+        params.check(values, "full")
 
 
 @pytest.mark.parametrize(

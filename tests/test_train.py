@@ -180,7 +180,7 @@ def test_under_owner_statistics_the_sum_in_training_is_the_plain_sum_of_the_stat
     config = having(DISPAIR, owner_statistics=True, epochs=1, dropout=0.0)
     run = train(config, datasets)
     a, b = run.networks["main"], run.networks["support"]
-    keys = [train_module.key_of(config, role, block) for block, role in enumerate(run.networks)]
+    keys = train_module._Keys(config).own
     x = normalize(datasets["mnist"].val_images)
     total = WeightSum([a, b], keys=keys).add_statistics().eval()
     torch.testing.assert_close(total(x), a(x) + train_module._with_own_statistics(b.train(), x))
@@ -199,11 +199,11 @@ def test_strangers_come_as_often_as_the_share_says_once_it_has_grown():
 
 
 def test_keys_of_networks_that_never_met_are_drawn_apart():
-    a, b = (train_module.key_of(having(RANDOM, main=main), "main", 0) for main in ("mnist", "svhn"))
+    a, b = (train_module._Keys(having(RANDOM, main=main)).own[0] for main in ("mnist", "svhn"))
     assert a.positions["classifier.fc1"].tolist() != b.positions["classifier.fc1"].tolist()
-    again = train_module.key_of(RANDOM, "main", 1)
+    again = train_module._Keys(RANDOM).own[0]
     assert all(torch.equal(p, again.positions[layer]) for layer, p in a.positions.items())
-    dealt = [train_module.key_of(DISPAIR, "main", block).positions["classifier.fc1"] for block in (0, 1)]
+    dealt = [key.positions["classifier.fc1"] for key in train_module._Keys(DISPAIR).own]
     assert not torch.isin(*dealt).any()
 
 
@@ -255,7 +255,8 @@ def test_the_third_terms_readings_start_from_the_same_weights_and_order():
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_advice(datasets):
     with pytest.raises(
-        FloatingPointError, match=r"mnist\+cifar10 seed 0: .* in epoch 1, step [123] .*; lower learning_rate"
+        FloatingPointError,
+        match=r"mnist\+cifar10 joint, third ce, seed 0: .* in epoch 1, step [123] .*; lower learning_rate",
     ):
         train(having(PAIR, learning_rate=1e30), datasets)
 

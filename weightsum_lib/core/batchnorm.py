@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from weightsum_lib.core.keys import embed
 from weightsum_lib.core.weights import WeightSum
 
 
@@ -16,7 +17,7 @@ class _Reached(BaseException):
 
 
 @torch.no_grad()
-def recalibrate(module: nn.Module, images: Tensor | Iterable) -> nn.Module:
+def recalibrate(module: nn.Module, images: Tensor | Iterable, owners: Tensor | None = None) -> nn.Module:
     """Set every batch-norm layer's running statistics to those of its inputs on these images.
 
     Label-free, as in REPAIR (Jordan et al. 2022). The statistics are those of the whole set (mean, and unbiased
@@ -30,14 +31,20 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable) -> nn.Module:
             1 MiB of memory an image). Or batches of it, or of (input, labels), that can be gone through again: a list,
             or a DataLoader that gives the same images each time, in whatever order. That is exact too, layer by
             layer: for each layer one pass over all batches, as far as that layer, and in the end a whole one.
+        owners: (N,) integers, for a sum and images in one tensor: the number of the network whose task each image is
+            of. Under keys a channel that one network alone has then gets its statistics from that network's images,
+            one that several share from all of theirs, and with disjoint keys each network has its own statistics.
+            Channels that all networks share (without keys: all of them) have those of all images, as without
+            ``owners``. It presumes images sorted by task, but no task of a test image.
 
     Returns:
         the same module.
 
     Raises:
         TypeError: an iterator, which one pass uses up, or something that holds no tensors.
-        ValueError: fewer than two images, images that change from pass to pass, inputs of a layer that are not finite;
-            a layer that keeps no running statistics, is used twice or never reached. The layer is named.
+        ValueError: ``owners`` of something else than a sum and a tensor of as many images, or a network with fewer
+            than two of them; fewer than two images, images that change from pass to pass, inputs of a layer that are
+            not finite; a layer that keeps no running statistics, is used twice or never reached. The layer is named.
     """
     whole = isinstance(images, Tensor)
     if isinstance(images, Iterator) or not isinstance(images, Iterable):
@@ -47,6 +54,11 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable) -> nn.Module:
     names = {m: n for n, m in module.named_modules() if isinstance(m, _BatchNorm) and m not in parents}
     if silent := [name for layer, name in names.items() if layer.running_mean is None]:
         raise ValueError(f"'{silent[0]}' keeps no running statistics to set: it always uses those of the batch")
+    if owners is not None:
+        fit = isinstance(module, WeightSum) and whole and owners.shape == (len(images),) and int(owners.min()) >= 0
+        if not fit or len(count := owners.bincount()) != len(module.networks) or int(count.min()) < 2:
+            raise ValueError("owners are one network number an image, of a sum and a tensor; each has two or more")
+        owners = owners.to(images.device)
     called, done, inputs, first = set(), set(), [], None
 
     def settle() -> None:
@@ -66,7 +78,11 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable) -> nn.Module:
             raise ValueError(f"'{names[layer]}' is used twice, or not by all images: its inputs have no one mean")
         called.add(layer)
         if layer not in done:
-            inputs.append((layer, _moments((*args, *kwargs.values())[0])))
+            x = (*args, *kwargs.values())[0]
+            parts = [(x, 1.0)]
+            if owners is not None:
+                parts = [(x[owners == i], share) for i, share in enumerate(_shares(module, names[layer]))]
+            inputs.append((layer, [moment for part in parts for moment in _moments(*part)]))
             if not whole:
                 raise _Reached
             settle()
@@ -115,22 +131,32 @@ def var_mean(x: Tensor, piece: int = 2**19) -> tuple[Tensor, Tensor]:
     Returns:
         variance and mean, each (C,) float64.
     """
-    return _pooled(_moments(x, piece))
+    return _pooled(_moments(x, piece=piece))
 
 
-def _moments(x: Tensor, piece: int = 2**19) -> list[tuple[Tensor, Tensor, int]]:
-    """Mean and sum of squared deviations, each (C,), and the number of values, of each piece."""
+def _shares(total: WeightSum, name: str) -> list[Tensor | float]:
+    """For each network of a sum: 1 for channels of a batch norm whose statistics its images set, else 0; (C,)."""
+    mean = f"{name.removeprefix('body.')}.running_mean"
+    if not total.keys or not total.keys[0].channels.axes[mean]:
+        return [1.0] * len(total.networks)
+    own = torch.ones_like(total.networks[0].get_buffer(mean))
+    owned = torch.stack([embed({mean: own}, key)[mean] for key in total.keys])
+    return [*owned + (owned.sum(0) == 0)]  # what is nobody's has nothing to tell apart
+
+
+def _moments(x: Tensor, share: Tensor | float = 1.0, piece: int = 2**19) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Mean, sum of squared deviations and number of values, each (C,), of each piece; the last two times ``share``."""
     moments = []
     for images in x.split(max(1, piece // max(1, x[:1].numel()))):
         values = images.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1).flatten(0, -2)
         mean = values.mean(0)
-        moments.append((mean, (values - mean).square_().sum(0), len(values)))
+        counts = torch.full_like(mean, len(values), dtype=torch.float64)
+        moments.append((mean, share * (values - mean).square_().sum(0), share * counts))
     return moments
 
 
-def _pooled(moments: list[tuple[Tensor, Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Unbiased variance and mean of all pieces together."""
-    means, squares = (torch.stack([moment[i] for moment in moments]).double() for i in (0, 1))
-    counts = torch.tensor([count for *_, count in moments], dtype=means.dtype, device=means.device)[:, None]
-    mean = (counts * means).sum(0) / counts.sum()
-    return (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / (counts.sum() - 1), mean
+def _pooled(moments: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Unbiased variance and mean of all pieces together, each (C,) float64."""
+    means, squares, counts = (torch.stack(values).double() for values in zip(*moments, strict=True))
+    mean = (counts * means).sum(0) / counts.sum(0)
+    return (squares.sum(0) + (counts * (means - mean).square()).sum(0)) / (counts.sum(0) - 1), mean

@@ -1,15 +1,19 @@
-"""What the numbers say, computed from them: verdicts, what counts, and each page's sentences."""
+"""What the numbers say, computed from them: verdicts by one rule, what counts, and each page's sentences."""
 
 from collections.abc import Mapping
 
 import pandas as pd
 
-from weightsum_lib.report.tables import Interval, paired, title
-from weightsum_lib.study.params import BASELINE, TRAINED
+from weightsum_lib.report.tables import Interval, fraction, paired, title
+from weightsum_lib.study.params import BASELINE, DISJOINT, RANDOM, TRAINED
 
 CHANCE = 10.0  # percent, ten classes
 KEEPS = "keeps the skill"
-_SACRIFICED = ", but its networks were already worse before the sum than those trained apart"
+_SACRIFICED = {
+    "yes": "",
+    "no": ", but its networks were already worse before the sum than those trained alone",
+    "undecided": "; whether its networks are as good before the sum as those trained alone is undecided",
+}
 
 
 def verdict(before: float, after: float) -> str:
@@ -34,90 +38,83 @@ def verdict_of(row: pd.Series) -> str:
     return verdict(row["before"].mean, row["after"].mean)
 
 
-def counts(rows: pd.DataFrame, method: str, baseline: str, margins: Mapping[str, float]) -> bool:
-    """Whether a method counts: before the sum, no network of it is worse than the baseline's by more than a margin.
+def judge(found: Interval | None, at_least: float, answers: tuple[str, str] = ("reached", "missed")) -> str:
+    """Whether a quantity is at least so large: the whole interval must lie on one side, else it is undecided.
+
+    >>> [judge(Interval(99, low, high, 3), 98.5) for low, high in ((98.6, 99.4), (98.4, 99.6), (98, 98.4))]
+    ['reached', 'undecided', 'missed']
+    """
+    if found is None or found.low is None or found.low < at_least <= found.high:
+        return "undecided"
+    return answers[found.low < at_least]
+
+
+def counts(rows: pd.DataFrame, method: str, baseline: str, margins: Mapping[str, float]) -> str:
+    """Whether a method counts: before the sum, its networks are not inferior to the baseline's by more than a margin.
 
     Args:
-        rows: wide rows of one policy (:func:`weightsum_lib.report.tables.wide`).
+        rows: wide rows (:func:`weightsum_lib.report.tables.wide`).
         method: the method in question.
         baseline: the method of networks that were trained alone for as many steps.
         margins: tested dataset to the margin in points; compared on shared seeds.
+
+    Returns:
+        "yes" where the 95 % interval of each difference lies above the margin, "no" where one lies below, else
+        "undecided".
     """
-    of_task = {name: paired(rows.xs(name, level="tested"), method, baseline, "before") for name in margins}
-    return all(of_task[name].mean >= -margin for name, margin in margins.items())
+    of_task = [(paired(rows.xs(name, level="tested"), method, baseline, "before"), m) for name, m in margins.items()]
+    found = {judge(difference, -margin, ("yes", "no")) for difference, margin in of_task}
+    return "no" if "no" in found else "undecided" if "undecided" in found else "yes"
 
 
-def of_pair(summary: pd.DataFrame, difference: Interval, counted: bool, task: str) -> str:
+def of_pair(summary: pd.DataFrame, counted: str, task: str) -> str:
     """What the sum does to the main task of a pair, in plain sentences.
 
     Args:
         summary: a row a method.
-        difference: ``after`` of the pair trained together minus that of the pair trained apart, seed by seed.
         counted: whether the pair trained together :func:`counts`.
         task: title of the main task.
     """
     apart, together = summary.loc[BASELINE], summary.loc[TRAINED]
-    gap = together["gap"]
-    unsure = ", not told from zero by its interval" if gap.half is not None and abs(gap.mean) <= gap.half else ""
     return (
-        f"Trained together (`{TRAINED}`), {task} goes from {together['before']} % before the sum to "
-        f"{together['after']} % after it (gap {gap:.2f} points{unsure}; n = {together['n']}): the sum "
-        f"{verdict_of(together)}{'' if counted else _SACRIFICED}. Two networks trained apart (`{BASELINE}`) go from "
-        f"{apart['before']} % to {apart['after']} %: their sum {verdict_of(apart)}. The difference between the two "
-        f"sums: {difference} points."
+        f"Trained to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
+        f"network alone reads {together['before']} %{_SACRIFICED[counted]}. The sum of two networks that were trained "
+        f"apart {verdict_of(apart)}: {apart['after']} %."
     )
 
 
-def of_strangers(summary: pd.DataFrame, counted: Mapping[str, bool]) -> str:
+def of_strangers(summary: pd.DataFrame) -> str:
     """What the sum of two networks that never met reads, in plain sentences.
 
     Args:
-        summary: a row a method, policy and tested task, of the methods to speak of.
-        counted: whether a method :func:`counts`; one that is left out does.
+        summary: a row a method and tested task.
     """
-    sentences = []
-    for (method, policy), rows in summary.groupby(["method", "policy"], sort=False):
-        read = [
-            f"{row['after']} % of {title(name)} ({row['before']} % before, kept {row['kept']} %; it {verdict_of(row)})"
-            for (_, _, name), row in rows.iterrows()
-        ]
-        sacrificed = "" if counted.get(method, True) else _SACRIFICED
-        sentences.append(f"`{method}` (policy `{policy}`, n = {rows['n'].iloc[0]}): {' and '.join(read)}{sacrificed}")
-    first, second = map(title, summary.index.unique("tested"))
-    on_first, on_second = rows["other"]
-    return (
-        f"What the sum of two networks that never met reads. {'. '.join(sentences)}. Control, of the last pair: alone, "
-        f"θ of {second} reads {on_first} % of {first}, and θ of {first} {on_second} % of {second}."
-    )
+    ways = {
+        TRAINED: "Of dense networks that were each trained to be added to a CIFAR-10 network",
+        RANDOM: "Under random keys of which the networks know nothing, trained by the recipe",
+        DISJOINT: "Under disjoint keys, which are agreed on, the state dicts added as they are",
+    }
+    return " ".join(f"{words}, the sum keeps {_of_each(summary.loc[way, 'kept'])}." for way, words in ways.items())
 
 
-def of_transfer(
-    disjoint: pd.DataFrame, random: pd.DataFrame, redrawn: pd.DataFrame, three: pd.DataFrame, met: pd.DataFrame
-) -> str:
-    """What lets networks that never met be summed, in plain sentences; the arguments hold a row a tested task.
+def of_recipe(recipe: pd.Series, plainly: pd.Series, shares: tuple[float, float], three: pd.Series) -> str:
+    """What networks that never met keep under the recipe, and without it, in plain sentences.
 
     Args:
-        disjoint: disjoint keys.
-        random: random keys, as they were drawn first.
-        redrawn: means over draws of random keys, by method and tested task.
-        three: a sum of three under disjoint keys, none of which has met another.
-        met: the same with a third network that has met the images of the two others' tasks.
+        recipe: intervals by share of the sum's keys and tested task.
+        plainly: the same of networks that were trained plainly.
+        shares: of the headline, and the smallest.
+        three: intervals by tested task, of three networks under disjoint keys.
     """
-    means = [f"`{method}` {_kept(rows.loc[method])}" for method, rows in redrawn.groupby("method", sort=False)]
+    (dense, sparse), (at_dense, at_sparse) = map(fraction, shares), (_of_each(recipe[share]) for share in shares)
     return (
-        "Under disjoint keys the state dicts are added, buffers and all, and the sum keeps "
-        f"{_kept(disjoint, 'owner', 99.5)}. Under random keys, with nothing agreed, it keeps "
-        f"{_kept(random, 'union', 98)}. That is one draw of the keys; averaged over several: {'; '.join(means)}. Three "
-        f"networks under disjoint keys, none of which has met another, keep {_kept(three, aim=98)}; with a "
-        f"{title(met.index[-1])} network that has met the images of both tasks, {_kept(met, aim=98)}."
+        f"Trained by the recipe and added under random keys of {dense}, two networks that never met keep {at_dense}; "
+        f"under keys of {sparse}, {at_sparse}. Networks that were trained plainly keep {_of_each(plainly[shares[0]])} "
+        f"and {_of_each(plainly[shares[1]])}. Three networks under disjoint keys, none of which has met another, keep "
+        f"{_of_each(three)}."
     )
 
 
-def _kept(rows: pd.DataFrame, policy: str = "", aim: float = 0) -> str:
-    """What a sum keeps of each task, under which policy, and whether that is as much as it should be."""
-    short = {title(name): aim - cell.mean <= (cell.half or 0) for name, cell in rows["kept"].items() if cell.mean < aim}
-    missed = " and ".join(name + (" (inside its interval)" if inside else "") for name, inside in short.items())
-    parts = [f"policy `{policy}`, " * bool(policy) + f"n = {rows['n'].iloc[0]}"]
-    if aim:
-        parts.append(f"the aim of {aim:g} % is " + (f"missed on {missed}" if missed else "reached on all"))
-    return ", ".join(f"{cell} % of {title(name)}" for name, cell in rows["kept"].items()) + f" ({'; '.join(parts)})"
+def _of_each(kept: pd.Series) -> str:
+    *most, last = (f"{cell.mean:.1f} % of {title(name)}" for name, cell in kept.items())
+    return f"{', '.join(most)} and {last}"

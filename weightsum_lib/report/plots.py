@@ -15,12 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from weightsum_lib.report.findings import CHANCE
-from weightsum_lib.report.tables import Interval, title
+from weightsum_lib.report.tables import Interval, fraction, title
 
 # Okabe & Ito 2008: told apart by colour-blind readers; markers differ too, for print.
 BEFORE, AFTER, CONTROL = "#0072B2", "#D55E00", "#009E73"
 _OTHERS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _MARKERS = "osD^vP*X"  # eight, and seven colours: no two of 56 lines look the same
+BARS = ", bars: 95 % interval"
 _NETWORKS = {  # how the columns of a summary are shown
     "before": {"label": "alone, before the sum", "color": BEFORE, "fmt": "o", "mfc": "white"},
     "after": {"label": "the sum", "color": AFTER, "fmt": "o"},
@@ -67,9 +68,11 @@ def _done(figure: Figure, message: str) -> Figure:
     return figure
 
 
-def _spread(cells: Iterable[Interval]) -> np.ndarray:
-    """Means and half intervals, (2, n)."""
-    return np.array([(cell.mean, cell.half or 0) for cell in cells]).T
+def _spread(cells: Iterable[Interval]) -> tuple[np.ndarray, np.ndarray]:
+    """Means (n,), and how far the interval reaches below and above them (2, n); without one 0."""
+    cells = [cell if cell.low is not None else cell._replace(low=cell.mean, high=cell.mean) for cell in cells]
+    mean, low, high = np.array([cell[:3] for cell in cells]).T
+    return mean, np.clip([mean - low, high - mean], 0, None)
 
 
 def _n(summary: pd.DataFrame, bars: str = "") -> str:
@@ -88,7 +91,7 @@ def _dumbbells(axes: Axes, summary: pd.DataFrame, networks: Sequence[str], task:
     axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
     axes.set_yticks(y, [label if isinstance(label, str) else label[0] for label in summary.index])
     axes.set(ylim=(len(summary) - 0.5, -0.5), xlim=(0, 101))
-    axes.set_xlabel(f"{task} test accuracy (%)".strip() + f"\n{_n(summary, ', bars: 95 % interval')}", fontsize=10)
+    axes.set_xlabel(f"{task} test accuracy (%)".strip() + f"\n{_n(summary, BARS)}", fontsize=10)
     axes.grid(axis="y", visible=False)
 
 
@@ -157,14 +160,17 @@ def _by_layer(axes: Axes, rows: pd.DataFrame, column: str) -> None:
     axes.tick_params(axis="x", rotation=60)
 
 
-def layers(rows: pd.DataFrame, message: str) -> Figure:
-    """Norm ratio and cosine of two networks' weights, layer by layer, a line a method.
+def layers(rows: pd.DataFrame, explained: pd.DataFrame, message: str) -> Figure:
+    """Norm ratio and cosine of two networks' weights, and what one explains of the sum, by layer, a line a method.
 
     Args:
         rows: ``method``, ``layer``, ``norm_ratio``, ``cosine``.
+        explained: ``method``, ``layer``, ``explained``.
         message: what the figure says.
     """
-    figure, ((left, right),) = _panels(2, (10, 4.8))
+    figure, ((left, right, last),) = _panels(3, (13, 4.8))
+    _by_layer(last, explained, "explained")
+    last.set(ylim=(0, 1.03), ylabel="variance in the sum that θ_main explains")
     for axes, column, even in ((left, "norm_ratio", 1), (right, "cosine", 0)):
         _by_layer(axes, rows, column)
         axes.axhline(even, color="0.4", lw=1, ls=":")
@@ -252,72 +258,61 @@ def why(explained: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
     return _done(figure, message)
 
 
-def against_overlap(
-    line: pd.DataFrame, points: pd.DataFrame, overlap: Mapping[str, float], control: pd.Series, message: str
-) -> Figure:
-    """Task 3 against the share of channels that the two networks have in common, a panel a task.
+def kept_by_share(summary: pd.DataFrame, message: str) -> Figure:
+    """What sums under random keys keep, against the share of the sum's channels that each network has.
 
     Args:
-        line: random keys, by method and tested task, with ``before``, ``after``, ``n``.
-        points: the rows that are no point of that line.
-        overlap: method to its share of common channels, 0 to 1.
-        control: tested task to the interval of the other task's network there.
+        summary: by line, share and tested task, with ``kept`` and ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(line, (11, 4.8))
-    for axes, name, on in panels:
-        x, style = [overlap[method] for method in on.index], {"capsize": 3, "ms": 7}
-        axes.plot(x, _spread(on["before"])[0], "o--", mfc="white", color=BEFORE, label="alone, before the sum")
-        axes.errorbar(x, *_spread(on["after"]), fmt="o-", color=AFTER, label="the sum, random keys", **style)
-        for i, row in points.xs(name, level="tested").reset_index().iterrows():
-            style |= {"fmt": _MARKERS[1 + i % 7], "color": f"C{2 + i % 4}", "label": f"the sum, {row['method']}"}
-            axes.errorbar(overlap[row["method"]], *_spread([row["after"]]), **style)
-        axes.axhline(control[name].mean, color=CONTROL, ls="-.", lw=1, label="control: the other network alone")
-        axes.axhline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
-        axes.set(xlabel="share of channels in common, k", ylim=(0, 101), xlim=(-0.04, 1.04))
-    panels[0][0].set_ylabel(f"test accuracy (%), {_n(pd.concat([line, points]))}")
+    figure, panels = _of_tasks(summary, (11, 4.8))
+    for axes, _, rows in panels:
+        for i, (line, own) in enumerate(rows.groupby("line", sort=False)):
+            own = own.droplevel("line").sort_index()
+            mean, ends = _spread(own["kept"])
+            axes.errorbar(own.index, mean, ends, fmt=f"{_MARKERS[i]}-", ms=6, capsize=3, alpha=0.85, label=line)
+        shares = rows.index.unique("share")
+        axes.axhline(100, color="0.5", ls=":", lw=1, label="nothing is lost")
+        axes.set(xscale="log", xlabel=f"share of the sum's channels that each network has, k\n{_n(rows, BARS)}")
+        axes.set_xticks(shares, [fraction(share) for share in shares])
+        axes.minorticks_off()
+    panels[0][0].set_ylabel("kept: after / before (%)")
     return _done(figure, message)
 
 
-def draws(rows: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
-    """What a sum of the same two networks keeps under one draw of the keys after another, a panel a task.
+def lost_by_layer(summary: pd.DataFrame, message: str) -> Figure:
+    """Points of accuracy below the ensemble when keys are random in one layer only.
 
     Args:
-        rows: wide rows (:func:`weightsum_lib.report.tables.wide`), one a draw.
-        summary: of them, by method and tested task, with ``kept`` and ``n``.
+        summary: by layer and tested task, with ``interference`` and ``n``.
         message: what the figure says.
     """
-    methods = list(summary.index.unique("method"))
-    figure, panels = _of_tasks(summary, (11, 1.8 + 0.5 * len(methods)))
-    for axes, name, mean in panels:
-        for (method, seed), own in rows.xs(name, level="tested").groupby(["method", "seed"]):
-            lower = methods.index(method) + 0.16 * (seed - (mean.loc[method, "n"] - 1) / 2)
-            style = {"color": BEFORE, "ms": 4, "alpha": 0.6, "label": "one draw (a line a seed)"}
-            axes.plot(own["kept"], [lower] * len(own), _MARKERS[seed % 8], **style)
-        means, halves = _spread(mean["kept"])
-        style = {"fmt": "D", "ms": 7, "capsize": 3, "color": AFTER, "zorder": 3, "label": "mean of all"}
-        axes.errorbar(means, range(len(methods)), xerr=halves, **style)
-        axes.axvline(100, color="0.5", ls=":", lw=1)
-        axes.set(xlabel="kept: after / before (%)", ylim=(len(methods) - 0.5, -0.5))
-        axes.set_yticks(range(len(methods)), [f"{method} (n = {n})" for method, n in mean["n"].items()])
+    figure, panels = _of_tasks(summary, (10, 3.2))
+    for axes, _, rows in panels:
+        mean, ends = _spread(rows["interference"])
+        axes.bar([layer.rpartition(".")[2] for layer in rows.index], mean, yerr=ends, capsize=3, color=AFTER)
+        axes.set_xlabel(f"layer with random keys, {_n(rows, BARS)}")
+    panels[0][0].set_ylabel("points lost to\nshared channels")
     return _done(figure, message)
 
 
 def number_of_networks(rows: pd.DataFrame, message: str) -> Figure:
-    """What each task keeps when one network after another joins the sum of a method.
+    """What tasks keep on average when one network after another joins the sum.
 
     Args:
-        rows: wide rows of one method, with a level ``networks``, how many are summed, and ``kept``.
+        rows: wide rows with the levels ``method``, ``share`` and ``networks``, how many are summed.
         message: what the figure says.
     """
-    figure, ((axes,),) = _panels(1, (7, 4))
-    kept = rows["kept"].groupby(["networks", "tested"], sort=False).first().unstack(sort=False)
-    kept.rename(columns=title).plot(ax=axes, style=[f"{marker}-" for marker in _MARKERS], ms=6, legend=False)
+    figure, ((axes,),) = _panels(1, (8, 4.4))
+    means = rows.assign(of_ensemble=100 * rows["ensemble"] / rows["before"])[["kept", "of_ensemble"]]
+    means = means.groupby(["method", "share", "networks"], sort=False).mean()
+    for i, ((method, share), own) in enumerate(means.groupby(["method", "share"], sort=False)):
+        own = own.droplevel(["method", "share"])
+        axes.plot(own["kept"], f"{_MARKERS[i]}-", ms=6, label=f"{method}, k = {fraction(share)}")
+    axes.plot(own["of_ensemble"], "k--", lw=1, label=f"ensemble of the logits, {method}")
     axes.axhline(100, color="0.5", ls=":", lw=1)
-    axes.set(xlabel="networks in the sum, seed 0", ylabel="kept: after / before (%)")
-    axes.set_ylim(0, max(105, 1.05 * rows["kept"].max()))
+    axes.set(xlabel="networks in the sum, seed 0", ylabel="kept, mean of the tasks (%)")
     axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
-    axes.set_title(rows.index.unique("method")[0])
     return _done(figure, message)
 
 

@@ -3,26 +3,32 @@
 A *summary* is a DataFrame with a row a method (and policy, and tested task) whose cells are :class:`Interval`.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy import special, stats
 
 from weightsum_lib.study import store
 from weightsum_lib.study.params import DATASETS, Method, slug
 
-_AFTER = {"sum": "after", "merged": "after", "ceiling": "after", "ensemble": "ensemble", "renamed": "renamed"}
-_ROLES = ["before", "after", "other", "ensemble", "renamed"]  # of a network where a task is tested
+# role of a network where a task is tested; "before" and "other" follow from what is tested
+_ROLES = {"sum": "after", "merged": "after", "ceiling": "after", "renamed": "renamed", "ensemble": "ensemble"}
+_OF_SUM = ["policy", "share", "narrow", "draw"]  # levels in which a sum differs from what it is compared with
+_PERCENT = ["before", "after", "other", "ensemble", "renamed", "confidence"]  # intervals inside 0 to 100
 HEADINGS = {  # of levels and columns; what is not here is written as it is called
     "third": "The third network",
     "networks": "Networks that are summed",
+    "share": "k",
     "before": "Before the sum (%)",
     "after": "After the sum (%)",
     "gap": "Gap (points)",
     "kept": "Kept (%)",
+    "kept_of_ensemble": "Kept of the ensemble (%)",
     "ensemble": "Ensemble of logits (%)",
     "other": "Control: the other network alone (%)",
     "renamed": "Control: classes renamed (%)",
@@ -31,41 +37,65 @@ HEADINGS = {  # of levels and columns; what is not here is written as it is call
     "confidence": "The other network's confidence (%)",
     "gap_full": "Below full width (points)",
     "gap_size": "Below its size (points)",
+    "worst": "Worst draw (%)",
+    "spread": "Spread of draws (points)",
+    "sampling": "Standard error of the test set (points)",
+    "difference": "Kept, difference to the recipe (points)",
 }
 
 
 class Interval(NamedTuple):
-    """A mean over ``n`` seeds and half the length of its 95 % interval (Student's t), None with one seed.
+    """A mean over ``n`` seeds, and the ends of its 95 % interval; None with one seed.
 
-    >>> print(Interval(-97.25, None, 1), f"{Interval(98.257, None, 1):.2f}")
-    −97.2 98.26
+    >>> print(Interval(-97.25, None, None, 1), f"{Interval(98.257, 97.0, 99.0, 3):.2f}")
+    −97.2 98.26 (97.00 to 99.00)
     """
 
     mean: float
-    half: float | None
+    low: float | None
+    high: float | None
     n: int
 
     def __format__(self, digits: str) -> str:
-        mean, between = (
-            format(self.mean, f"z{digits or '.1f'}").replace("-", "−"),
-            "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}",
-        )
-        return mean if self.half is None else f"{mean}{between}{format(self.half, digits or '.1f')}"
+        numbers = [self.mean] if self.low is None else self[:3]
+        mean, *ends = (format(number, f"z{digits or '.1f'}").replace("-", "−") for number in numbers)
+        return f"{mean} ({' to '.join(ends)})".replace(" ", "\N{NO-BREAK SPACE}") if ends else mean
 
     def __str__(self) -> str:
         return format(self)
 
+    def negated(self) -> "Interval":
+        """That of the values with the other sign."""
+        return Interval(-self.mean, self.high and -self.high, self.low and -self.low, self.n)
 
-def interval(values: Iterable[float]) -> Interval | None:
+
+def interval(values: Iterable[float], percent: bool = False) -> Interval | None:
     """The :class:`Interval` of some values, one a seed; what is nan doesn't count. None without any value.
 
-    >>> interval([97.0, 98.0, 99.0]).mean
-    98.0
+    Student's t; of a percentage on the logit scale, so that the interval stays inside 0 to 100. (A bootstrap of three
+    seeds would be too narrow.)
+
+    >>> interval([97.0, 98.0, 99.0], percent=True)
+    Interval(mean=98.0, low=94.2..., high=99.3..., n=3)
     """
     found = pd.Series(values, dtype=float).dropna()
-    n = len(found)
-    half = float(stats.t.ppf(0.975, n - 1) * found.std() / n**0.5) if n > 1 else None
-    return Interval(float(found.mean()), half, n) if n else None
+    n, mean = len(found), float(found.mean())
+    if n < 2:
+        return Interval(mean, None, None, n) if n else None
+    scale, back = (special.logit, special.expit) if percent else (np.asarray, np.asarray)
+    scaled = scale(found.clip(0.01, 99.99) / 100 if percent else found)
+    half = stats.t.ppf(0.975, n - 1) * scaled.std(ddof=1) / n**0.5
+    low, high = (float(back(scaled.mean() + sign * half)) * (100 if percent else 1) for sign in (-1, 1))
+    return Interval(mean, low, high, n)
+
+
+def fraction(share: float) -> str:
+    """A share k as it is written: 1/8; what is no such share, as a number.
+
+    >>> fraction(0.125), fraction(1.0)
+    ('1/8', '1')
+    """
+    return f"1/{1 / share:g}" if 0 < share < 1 else f"{share:g}"
 
 
 def title(name: str) -> str:
@@ -78,29 +108,39 @@ def title(name: str) -> str:
 
 
 def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFrame:
-    """The long frame with a row for each sum on each tested task, a column for each network beside it, in percent.
+    """The long frame with a row for each sum on each tested task, and what it is compared with beside it, in percent.
 
-    Columns: ``before``, the task's own network alone; ``after``, the sum; ``other``, the other task's network there,
-    the control, with its ``confidence``; the ``ensemble`` of logits; the sum with ``renamed`` classes. And from them
-    ``gap`` = before − after, ``kept`` = 100 · after / before, and where the accuracy is lost: ``loudness`` =
-    before − ensemble, ``interference`` = ensemble − after. What was not measured is nan.
+    Columns: ``after``, the sum, with the standard error of its ``sampling``; the sum with ``renamed`` classes; and,
+    under their own statistics whatever those of the sum are, ``before``, the task's own network alone; ``other``, the
+    other task's network there (the best of several), the control, with its ``confidence``; the ``ensemble`` of logits.
+    And from them ``gap`` = before − after, ``kept`` = 100 · after / before, ``kept_of_ensemble`` = 100 · after /
+    ensemble, and where the accuracy is lost: ``loudness`` = before − ensemble, ``interference`` = ensemble − after.
+    What was not measured is nan.
 
     Args:
         frame: see :mod:`weightsum_lib.study.measure`; further columns become levels of the index.
         own: tested dataset to the network that was trained for it; by default they have the same name.
     """
     alone = frame["network"] == frame["tested"].replace(own or {})
-    role = frame["network"].map(_AFTER).fillna(alone.map({True: "before", False: "other"}))
-    by = [column for column in frame if column not in ("network", "accuracy", "confidence")]
-    cells = frame.assign(role=role).set_index([*by, "role"])[["accuracy", "confidence"]].unstack("role", sort=False)
-    found = cells["accuracy"].reindex(columns=_ROLES)
-    found["confidence"] = cells["confidence"].get("other", np.nan)
-    networks = ["before", "other", "confidence"]  # they are the same wherever a draw of the keys puts them
-    same = [level for level in by if level != "draw"]
-    found[networks] = found.groupby(same, sort=False)[networks].transform("first")
+    frame = frame.assign(role=frame["network"].map(_ROLES).fillna(alone.map({True: "before", False: "other"})))
+    by = [c for c in frame if c not in ("network", "role", "accuracy", "confidence", "sampling")]
+    same = [level for level in by if level not in _OF_SUM]
+    found = pd.DataFrame(index=frame[frame["role"] == "after"].set_index(by).index.unique())
+    for name, role, column, levels in (
+        ("before", "before", "accuracy", same),
+        ("after", "after", "accuracy", by),
+        ("other", "other", "accuracy", same),
+        ("ensemble", "ensemble", "accuracy", same),
+        ("renamed", "renamed", "accuracy", by),
+        ("confidence", "other", "confidence", same),
+        ("sampling", "after", "sampling", by),
+    ):
+        cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
+        found = found.join(cells.rename(name), on=levels)
     return found.assign(
         gap=found["before"] - found["after"],
-        kept=100 * found["after"] / found["before"].where(found["before"] > 0),
+        kept=100 * found["after"] / found["before"].clip(lower=0.1),
+        kept_of_ensemble=100 * found["after"] / found["ensemble"].clip(lower=0.1),
         loudness=found["before"] - found["ensemble"],
         interference=found["ensemble"] - found["after"],
     )
@@ -109,18 +149,54 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
 def summarize(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     """The summary of wide rows: each column's :class:`Interval` over seeds, and ``n``, the number of seeds.
 
+    Of several draws of a seed the mean counts; beside it stand, of what is ``kept``, the ``worst`` draw of all and the
+    ``spread``, the standard deviation of a pair's draws.
+
     Args:
-        rows: as :func:`wide` gives them. Several draws of one seed count as one, by their mean.
+        rows: as :func:`wide` gives them.
         by: the levels that stay apart.
     """
-    groups = rows.groupby([*by, "seed"], sort=False).mean().groupby(list(by), sort=False)
-    return groups.agg(interval).assign(n=groups.size())
+    seeds = rows.groupby([*by, "seed"], sort=False)
+    groups = seeds.mean().groupby(list(by), sort=False)
+    found = groups.agg({c: partial(interval, percent=c in _PERCENT) for c in rows}).assign(n=groups.size())
+    if "kept" in rows:
+        kept = {"worst": seeds["kept"].min(), "spread": seeds["kept"].std()}
+        found = found.assign(
+            worst=kept["worst"].groupby(list(by)).min(), spread=kept["spread"].groupby(list(by)).mean()
+        )
+    return found
 
 
 def paired(rows: pd.DataFrame, a: str, b: str, column: str) -> Interval | None:
     """The interval of a column's difference, method ``a`` minus method ``b``, over the seeds that both have."""
     by_seed = rows.groupby(["method", "seed"])[column].mean().unstack("method")
     return interval(by_seed[a] - by_seed[b])
+
+
+def against(rows: pd.DataFrame, baseline: str, columns: Sequence[str]) -> pd.DataFrame:
+    """The summary of some methods, each with the ``difference`` of what it keeps to a baseline, paired by seed."""
+    found = summarize(rows, ["method", "tested"])[[*columns, "n"]]
+    pairs = {at: paired(rows.xs(at[1], level="tested"), at[0], baseline, "kept") for at in found.index}
+    return found.assign(difference=pd.Series(pairs))
+
+
+def room_table(room: pd.DataFrame) -> pd.DataFrame:
+    """The expected number of channels that two networks share, a line a share k, a column a layer; and the bytes.
+
+    Args:
+        room: see :func:`weightsum_lib.study.measure.room`.
+    """
+    shared = room.assign(layer=room["layer"].str.rpartition(".")[2] + " (" + room["channels"].astype(str) + ")")
+    shared = shared.pivot(index="share", columns="layer", values="shared")[shared["layer"].unique()]
+    shown = shared.sort_index(ascending=False).map("{:.2g}".format).reset_index()
+    used = room.groupby("share", sort=False)["used"].first().sort_index(ascending=False)
+    shown["share"] = [fraction(k) for k in used.index]
+    megabytes = [f"{bytes_ / 2**20:.1f}" for bytes_ in used]
+    return (
+        shown.rename(columns={"share": "k"})
+        .assign(**{"Sum as its used channels (MiB)": megabytes})
+        .rename_axis(columns=None)
+    )
 
 
 def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFrame:
@@ -135,7 +211,9 @@ def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFra
         wide rows with ``before`` (percent), ``gap_full`` and ``gap_size`` (points: the twin's accuracy minus the
         network's), for the seeds that the twins have too.
     """
-    alone = rows.xs("per_task", level="policy")["before"].unstack("method", sort=False)
+    alone = (
+        rows["before"].groupby(["task", "seed", "tested", "method"], sort=False).first().unstack("method", sort=False)
+    )
     of_size = alone[[twins[method] for method in alone]].set_axis(alone.columns, axis=1)
     found = {"before": alone, "gap_full": -alone.sub(alone[full], axis=0), "gap_size": of_size - alone}
     return pd.DataFrame({name: each.stack("method", future_stack=True) for name, each in found.items()}).dropna()
@@ -169,7 +247,10 @@ def table(summary: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     tested = summary.index.unique("tested") if "tested" in summary.index.names else [""]
     sides = {name: summary.xs(name, level="tested") if name else summary for name in tested}
     index = next(iter(sides.values())).index
-    shown = index.to_frame(index=False).rename(columns=lambda level: HEADINGS.get(level, level.capitalize()))
+    shown = index.to_frame(index=False)
+    if "share" in shown:
+        shown["share"] = shown["share"].map(fraction)
+    shown = shown.rename(columns=lambda level: HEADINGS.get(level, level.capitalize()))
     for name, side in sides.items():
         for column in columns:
             heading = HEADINGS.get(column, column.capitalize())
@@ -228,14 +309,15 @@ def headline(summary: pd.DataFrame, task: str, networks: str) -> list[dict]:
     ]
 
 
-def values_of(summary: pd.DataFrame) -> dict[str, float]:
-    """Keys for the prose, such as ``joint_ce.after_mnist``, with the mean of each interval of a summary."""
-    return {
-        f"{slug(row['method'])}.{column}_{row['tested']}": cell.mean
-        for _, row in summary.reset_index().iterrows()
-        for column, cell in row.items()
-        if isinstance(cell, Interval)
-    }
+def intervals_of(summary: pd.DataFrame) -> dict[str, Interval]:
+    """The intervals of a summary by key, such as ``joint_ce.after_mnist``, with ``.1/8`` where there is a share k."""
+    found = {}
+    for _, row in summary.reset_index().iterrows():
+        name = slug(row.get("line", row.get("third", row.get("method"))))
+        at = f".{fraction(row['share'])}" if "share" in row else ""
+        cells = {column: cell for column, cell in row.items() if isinstance(cell, Interval)}
+        found |= {f"{name}.{column}_{row['tested']}{at}": cell for column, cell in cells.items()}
+    return found
 
 
 def as_json(frame: pd.DataFrame) -> dict:
@@ -243,7 +325,15 @@ def as_json(frame: pd.DataFrame) -> dict:
     return {"columns": list(frame.columns), "rows": frame.astype(str).values.tolist()}
 
 
-def save(notebook: str, study, values: dict, tables: Mapping[str, pd.DataFrame], headline: Sequence[dict] = ()) -> Path:
+def save(
+    notebook: str,
+    study,
+    values: dict,
+    tables: Mapping[str, pd.DataFrame],
+    headline: Sequence[dict] = (),
+    intervals: Mapping[str, Interval] | None = None,
+    rows: pd.DataFrame | None = None,
+) -> Path:
     """Write ``<results_dir>/<profile>/<notebook>.json``, which the book reads; returns its path.
 
     Args:
@@ -252,10 +342,17 @@ def save(notebook: str, study, values: dict, tables: Mapping[str, pd.DataFrame],
         values: key to number or text, for the prose.
         tables: name to table.
         headline: rows for the front page, see :func:`headline`.
+        intervals: by key; their means are values too, and the claims of ``params/claims.yaml`` are held to them.
+        rows: wide rows that intervals come from, with every seed and draw, so that anyone can check them.
     """
-    profile = study.params.profile
+    profile, intervals = study.params.profile, intervals or {}
+    values = {key: found.mean for key, found in intervals.items()} | values
     content = {"notebook": notebook, "profile": profile, "values": values, "headline": list(headline)}
+    content |= {"intervals": {key: found._asdict() for key, found in intervals.items()}}
     content |= {"tables": {name: as_json(frame) for name, frame in tables.items()}, "provenance": study.provenance()}
+    if rows is not None:
+        shown = rows[["before", "after", "ensemble"]].round(3).reset_index()
+        content["rows"] = json.loads(shown.to_json(orient="split", index=False))
     path = study.results / profile / f"{notebook}.json"
     store.write_json(path, content)
     return path

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,19 +63,11 @@ class RunConfig:
         return passes * self.trained_epochs * self.epoch_images
 
     def describe(self) -> str:
-        """A short name for a line on the terminal."""
-        m = self.method
-        words = {
-            m.protocol: True,
-            m.third: m.protocol == "joint",
-            f"from {self.start}": m.protocol == "sequential",
-            "from a shared start": m.start != "random",
-            f"{m.keys} keys {m.network_width / m.sum_width:g}": m.keys != "none",
-            "symmetric": m.symmetric,
-            "permuted": m.permuted_support,
-            f"{'+'.join(self.roles.values())} seed {self.seed}": True,
-        }
-        return " ".join(word for word, said in words.items() if said)
+        """What it trains, for a line on the terminal."""
+        protocol, *switches = self.method.switches().items()
+        said = [name if value is True else f"{name} {value}" for name, value in switches]
+        start = f" from {self.start}" if self.method.protocol == "sequential" else ""
+        return ", ".join([f"{'+'.join(self.roles.values())} {protocol[1]}{start}", *said, f"seed {self.seed}"])
 
     def stream(self, role: str, purpose: str) -> int:
         """The seed of one random stream: no two networks share one unless they are the same network.
@@ -126,12 +119,18 @@ def _channels(arch: str, in_channels: int, width: float) -> Channels:
         return hidden_channels(network, torch.zeros(2, in_channels, 32, 32))
 
 
-def key_of(config: RunConfig, role: str, block: int) -> Key | None:
-    """The key of one network of a run while it trains: None, its own draw, or the dealt ``block`` of disjoint keys."""
-    m = config.method
-    if m.keys == "none":
-        return None
-    room = m.sum_width / m.network_width
-    if m.keys == "disjoint":
+def key_of(config: RunConfig, role: str, keys: str, room: float | Mapping[str, float], block: int, number=0) -> Key:
+    """The key of one network of a run: of random keys its own draw, else the dealt ``block``.
+
+    Args:
+        config: the run.
+        role: of the network.
+        keys: "random", or "disjoint" ("none" deals too).
+        room: factor on the number of channels, of all groups or of each (:func:`weightsum_lib.draw`).
+        block: for disjoint keys.
+        number: of the draw.
+    """
+    if keys != "random":
         return deal(channels_of(config), room, block)
-    return draw(channels_of(config), room, torch.Generator().manual_seed(config.stream(role, "key")))
+    stream = config.stream(role, f"key {number}" if number else "key")
+    return draw(channels_of(config), room, torch.Generator().manual_seed(stream))

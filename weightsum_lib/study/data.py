@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -70,12 +70,7 @@ class Dataset:
     @cached_property
     def training_digest(self) -> str:
         """SHA-256 of what training reads: the training and validation images and labels, in their order."""
-        return _sha256(*(getattr(self, name) for name in _TENSORS[:4]))
-
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of all images and labels, those for testing too."""
-        return _sha256(*(getattr(self, name) for name in _TENSORS))
+        return _sha256(getattr(self, name) for name in _TENSORS[:4])
 
     def to(self, device) -> "Dataset":
         """The same dataset on a device."""
@@ -102,16 +97,14 @@ def load(
     Raises:
         DataError: the prepared file is damaged, or the dataset can't be had and no stand-in is allowed.
     """
-    if name not in DATASETS:
-        raise _unknown(name)
+    _check(name)
     path, source = Path(data_dir) / f"{name}.safetensors", "real"
     missing = _missing(name, path) if data_dir else "no data folder is given (data_dir is empty)"
     if not missing:
         tensors, checksum, note = _read_prepared(name, path)
     elif name in allow_standin:
-        counts = [min(n, most) for n, most in zip((train_images, test_images), _OFFICIAL[name], strict=True)]
-        source, tensors = "stand-in", _standin(name, *counts, Path(standin_dir))
-        checksum = _content(tensors)
+        tensors = _standin(name, *map(min, (train_images, test_images), _OFFICIAL[name]), Path(standin_dir))
+        source, checksum = "stand-in", _content(tensors)
         # without the words of the error, which are others each time
         note = "synthetic, since " + ("there is no file and the download failed" if data_dir else missing)
     else:
@@ -139,16 +132,13 @@ def _shuffled(labels: Tensor) -> Tensor:
     return torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
 
 
-def _sha256(*tensors: Tensor) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.cpu().contiguous().numpy())
-    return digest.hexdigest()
+def _sha256(tensors: Iterable[Tensor]) -> str:
+    return hashlib.sha256(b"".join(tensor.cpu().contiguous().numpy() for tensor in tensors)).hexdigest()
 
 
 def _content(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of the images and labels of a file, whichever integers its labels are."""
-    return _sha256(*(tensors[n].long() if "labels" in n else tensors[n] for n in _TENSORS[:2] + _TENSORS[4:]))
+    return _sha256(tensors[n].long() if "labels" in n else tensors[n] for n in _TENSORS[:2] + _TENSORS[4:])
 
 
 def _read_prepared(name: str, path: Path) -> tuple[dict[str, Tensor], str, str]:
@@ -224,13 +214,13 @@ def official(name: str, root: Path) -> dict[str, Tensor]:
     """
     from torchvision import datasets  # slow to import, and seldom needed
 
-    reader, tensors = {"mnist": datasets.MNIST, "cifar10": datasets.CIFAR10, "svhn": datasets.SVHN}[name], {}
+    reader, tensors = getattr(datasets, name.upper()), {}
     for part in ("train", "test"):
-        raw = reader(root, download=True, **({"split": part} if name == "svhn" else {"train": part == "train"}))
+        raw = reader(root, part if name == "svhn" else part == "train", download=True)
         images = torch.as_tensor(raw.data.transpose(0, 3, 1, 2) if name == "cifar10" else raw.data)
         tensors[f"{part}_images"] = images.reshape(-1, *_SHAPES[name]).contiguous()
-        labels = raw.labels if name == "svhn" else raw.targets  # torchvision turns SVHN's label 10 into 0
-        tensors[f"{part}_labels"] = torch.as_tensor(labels, dtype=torch.int64)
+        # torchvision turns SVHN's label 10 into 0
+        tensors[f"{part}_labels"] = torch.as_tensor(raw.labels if name == "svhn" else raw.targets, dtype=torch.int64)
     return tensors
 
 
@@ -279,13 +269,14 @@ def variant(name: str, load: Callable[[str], Dataset]) -> Dataset:
             if not all(map(len, made.values())):
                 raise DataError(f"'{name}' leaves no image of one of the splits of '{of.name}'")
             return replace(of, name=name, **made)
-    if name not in DATASETS:
-        raise _unknown(name)
+    _check(name)
     return load(name)
 
 
-def _unknown(name: str) -> DataError:
-    dataset, _, modifier = name.partition(" ")
-    given, known = (modifier, _MODIFIERS) if modifier else (dataset, DATASETS)
-    nearest = difflib.get_close_matches(given, known, n=1, cutoff=0)[0]
-    return DataError(f"unknown dataset '{name}'; did you mean '{nearest}'? Known: {', '.join(known)}")
+def _check(name: str) -> None:
+    """Refuse a name that is no dataset's, with the nearest dataset, or the nearest modifier if it has one behind it."""
+    if name not in DATASETS:
+        dataset, _, modifier = name.partition(" ")
+        given, known = (modifier, _MODIFIERS) if modifier else (dataset, DATASETS)
+        nearest = difflib.get_close_matches(given, known, n=1, cutoff=0)[0]
+        raise DataError(f"unknown dataset '{name}'; did you mean '{nearest}'? Known: {', '.join(known)}")

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from scipy.interpolate import CubicSpline
+from scipy.linalg import block_diag
 
 DATA = json.loads(Path(__file__).with_name("strokes.json").read_text(encoding="utf-8"))  # which says what it holds
 _DENSE = 96  # pen positions a digit
@@ -24,19 +25,16 @@ def _variant(digit: int, variant: int, smooth: bool = True) -> tuple[np.ndarray,
     points = [np.array([(int(p[:2]), int(p[2:])) for p in s.rstrip("~").split()]) / 100 for s in strokes]
     knots = [np.concatenate([[0], np.linalg.norm(np.diff(p, axis=0), axis=1).cumsum()]) for p in points]
     ends = np.cumsum([0] + [along[-1] for along in knots])
-    ends = np.round(ends / ends[-1] * _DENSE).astype(int)
-    matrix, column = np.zeros((_DENSE, sum(map(len, points)))), 0
-    for stroke, p, along, start, stop in zip(strokes, points, knots, ends[:-1], ends[1:], strict=True):
-        at, unit = np.linspace(0, along[-1], stop - start), np.eye(len(p))
+    counts, blocks = np.diff(np.round(ends / ends[-1] * _DENSE).astype(int)), []
+    for stroke, p, along, count in zip(strokes, points, knots, counts, strict=True):
+        at, unit = np.linspace(0, along[-1], count), np.eye(len(p))
         if stroke.endswith("~") and smooth:
             closed = np.array_equal(p[0], p[-1])
             unit[-1] = unit[0] if closed else unit[-1]
-            rows = CubicSpline(along, unit, bc_type="periodic" if closed else "natural")(at)
+            blocks.append(CubicSpline(along, unit, bc_type="periodic" if closed else "natural")(at))
         else:
-            rows = np.stack([np.interp(at, along, basis) for basis in unit.T], 1)
-        matrix[start:stop, column : column + len(p)] = rows
-        column += len(p)
-    return np.concatenate(points), matrix
+            blocks.append(np.stack([np.interp(at, along, basis) for basis in unit.T], 1))
+    return np.concatenate(points), block_diag(*blocks)
 
 
 def _pen(rng: np.random.Generator, digits: np.ndarray, wobble: float, smooth: bool = True) -> np.ndarray:

@@ -1,14 +1,20 @@
 """What networks and their sums can do: each is described by a value and measured once, in rows of one long frame.
 
-The frame is long: ``task``, ``method``, ``seed``, ``draw`` (of the keys), ``policy`` (of the batch-norm statistics),
-``network`` (what is tested), ``tested`` (on what), ``split``, ``accuracy`` and ``confidence`` (the mean largest
-probability), both in percent.
+The frame is long: ``task``, ``method``, ``seed``, ``policy`` (of the batch-norm statistics; "own": those of the
+network's own task), ``network`` (what is tested), ``tested`` (on what), ``split``; of a sum under random keys ``share``
+(k, of its channels that each network has), ``narrow`` (:class:`~weightsum_lib.study.sums.Sum`) and ``draw``; and what
+is measured, in percent: ``accuracy``, its standard error ``sampling`` for other images of the task, and
+``confidence``, the mean largest probability.
 """
 
+import base64
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -18,27 +24,37 @@ from weightsum_lib.core.keys import compact, overlap, widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
 from weightsum_lib.study.config import RunConfig
-from weightsum_lib.study.params import BASELINE, SHARED, TRAINED, Params
+from weightsum_lib.study.params import ALONE, BASELINE, RANDOM, SHARED, TRAINED, Params
 from weightsum_lib.study.runs import Study
-from weightsum_lib.study.sums import POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
+from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
 from weightsum_lib.study.train import logits_of
 
-DRAWS = 10  # of both networks' keys: the one of the report's other tables, and nine more
+DRAWS = 10  # of both networks' keys
+SHARE, NARROW = 1 / 8, 64  # of random keys in the report's sums of strangers: k, and the room of narrow layers
 _BATCH = 500  # test images whose own statistics the policy "batch" uses
+_BLOCK = 10  # neighbouring images that are drawn together: SVHN's share a house number
 _PLANE_IMAGES = 300  # to calibrate and to test one point of the plane: many points, little precision needed
 
 
-def accuracies(study: Study, what: Sum, policy: str, tested: Sequence[str], split: str) -> dict[str, dict[str, float]]:
-    """Percent of the images of each task in ``tested`` that a network gets right, and its confidence there."""
+def accuracies(study: Study, what: Sum, policy: str, tested: Sequence[str], split: str) -> dict[str, dict]:
+    """How many images of each task in ``tested`` a network gets right, percent, which (bits), and its confidence."""
     network, found, calibrated = made(study, what), {}, None
     for name in tested:
         if calibrated is None or policy == "per_task":
             calibrated = under_policy(study, network, policy, what.tasks, name.split(" renamed")[0])
         images, labels = (getattr(study.dataset(name), f"{split}_{kind}") for kind in ("images", "labels"))
         logits = logits_of(calibrated, images, study.precision, _BATCH if policy == "batch" else None)
-        right, confidence = (logits.argmax(1) == labels).sum().item(), logits.softmax(1).amax(1).mean().item()
-        found[name] = {"accuracy": 100 * right / len(labels), "confidence": 100 * confidence}
+        right, confidence = (logits.argmax(1) == labels).cpu().numpy(), logits.softmax(1).amax(1).mean().item()
+        found[name] = {"accuracy": 100 * float(right.mean()), "confidence": 100 * confidence, "images": len(right)}
+        found[name]["right"] = base64.b64encode(np.packbits(right)).decode()
     return found
+
+
+def sampling_error(right: str, images: int) -> float:
+    """The standard error of an accuracy, percent, from which images were right, by blocks of neighbours."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(right), np.uint8))[: images // _BLOCK * _BLOCK]
+    blocks = bits.reshape(-1, _BLOCK).mean(1)
+    return 100 * float(blocks.std(ddof=1)) / len(blocks) ** 0.5 if len(blocks) > 1 else math.nan
 
 
 @dataclass(frozen=True)
@@ -63,8 +79,12 @@ def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
         compute = partial(accuracies, study, case.what, case.policy, case.tested, case.split)
         settings = {k: getattr(case, k) for k in ("policy", "tested", "split")}
         found = _measured(study, compute, case.what, case.tested, **settings)
-        about = {k: v for k, v in vars(case).items() if k not in ("what", "tested")} | {"draw": case.what.draw}
-        rows += [{**about, "tested": name.split(" renamed")[0], **found[name]} for name in case.tested]
+        about = {k: v for k, v in vars(case).items() if k not in ("what", "tested")}
+        about |= {"share": case.what.share, "narrow": case.what.narrow, "draw": case.what.draw}
+        for name in case.tested:
+            percents = {k: found[name][k] for k in ("accuracy", "confidence")}
+            sampling = sampling_error(found[name]["right"], found[name]["images"])
+            rows.append({**about, "tested": name.split(" renamed")[0], **percents, "sampling": sampling})
     return pd.DataFrame(rows)
 
 
@@ -78,18 +98,35 @@ def _measured(study: Study, compute: partial, what: Sum, names: Sequence[str], *
 
 def policies_of(p: Params, method: str) -> list[str]:
     """The batch-norm policies that make sense for a row's sums."""
-    return [policy for policy in POLICIES if policy != "owner" or p.method(method).keys == "disjoint"]
+    return [policy for policy in POLICIES if policy != "by_owner" or p.method(method).keys != "none"]
 
 
 def headline_policy(p: Params, method: str) -> str:
     """The batch-norm policy of a row's headline in sums of networks that never met."""
-    return "owner" if p.method(method).keys == "disjoint" else "union"
+    return {"disjoint": "summed", "random": "by_owner"}.get(p.method(method).keys, "union")
 
 
-def _rows(study: Study, parts: bool = False) -> Iterator[tuple[str, int]]:
-    """(method, seed) of every row that the profile asks for, with or without the ``parts``."""
-    p = study.params
-    yield from ((m, s) for m in (p.methods if parts else p.rows) for s in p.seeds_of(m))
+def _rows(study: Study) -> Iterator[tuple[str, int]]:
+    """(method, seed) of every row that the profile asks for."""
+    yield from ((m, s) for m in study.params.rows for s in study.params.seeds_of(m))
+
+
+def queue(study: Study) -> list[RunConfig]:
+    """The runs behind the report, in the order that makes a whole one early: a seed of all rows, the next, the parts.
+
+    Those of further tasks, which the page on the recipe sums too, are not among them; they are trained when it runs.
+    """
+    p, pairs = study.params, (("mnist", "cifar10"), ("svhn", "cifar10"))
+    by_seed = sorted(_rows(study), key=lambda row: row[1])
+    parts = [(m, s) for s in p.choice_seeds_of(RANDOM) for m in (RANDOM, ALONE, *p.parts) if s in p.choice_seeds_of(m)]
+    found = []
+    for method, seed in [*by_seed, *parts]:
+        for main, support in pairs:
+            if p.method(method).protocol == "sequential":
+                found += [study.config(method, main, support, seed, start) for start in _START]
+            else:
+                found += [member.config for member in pair_members(study, method, main, support, seed)]
+    return list(dict.fromkeys(found))
 
 
 _START = {"sum": "the sum", "main": "θ_main", "random": "random weights"}
@@ -109,24 +146,22 @@ def _pairs(study: Study, main: str, support: str) -> Iterator[Case]:
         if study.params.method(method).protocol == "sequential":
             for start, words in _START.items():
                 config, label = study.config(method, main, support, seed, start), f"{method}, from {words}"
-                for network, made_by, tested in (("main", study.alone(config), (main,)), ("sum", config, both)):
-                    what = alone(Member(made_by), both)
-                    yield Case(task, label, seed, network, what, "per_task", tested)
+                yield Case(task, label, seed, "main", alone(Member(study.alone(config))), OWN, (main,))
+                yield Case(task, label, seed, "sum", alone(Member(config)), "per_task", both)
             continue
         members = pair_members(study, method, main, support, seed)
-        networks = {name: alone(m, both) for name, m in zip(("main", "support"), members, strict=True)}
-        networks["sum"] = keyed(study, method, members, both)
+        for name, member in zip(("main", "support"), members, strict=True):
+            yield Case(task, method, seed, name, alone(member), OWN, both)
+        total = keyed(study, method, members)
         for policy in policies_of(study.params, method):
-            for network, what in networks.items():
-                if policy == "per_task" or network != "support":
-                    yield Case(task, method, seed, network, what, policy, both if policy == "per_task" else (main,))
+            yield Case(task, method, seed, "sum", total, policy, both)
 
 
 def pairs(study: Study, main: str, support: str) -> pd.DataFrame:
-    """Tasks 1 and 2, every row of the profile: θ_main, θ_support, and their sum, under every policy.
+    """Tasks 1 and 2, every row of the profile: θ_main and θ_support on both tasks, and their sum, under every policy.
 
-    Under ``per_task`` on both tasks, under the others on the main task. ``sequential`` is three methods, one for each
-    start; its network "sum" is the fine-tuned one, its "main" is θ_main before the sum.
+    ``sequential`` is three methods, one for each start; its network "sum" is the fine-tuned one, its "main" is θ_main
+    before the sum.
     """
     return frame(study, _pairs(study, main, support))
 
@@ -142,52 +177,110 @@ def stranger_members(study: Study, method: str, names: Sequence[str], seed: int,
     return [Member(main_config(study, method, name, support, seed)) for name in names]
 
 
-def _summed_rows(study: Study, parts: bool = False) -> Iterator[tuple[str, int]]:
+def _summed_rows(study: Study) -> Iterator[tuple[str, int]]:
     """The rows whose pair is summed as it is; that of ``sequential`` is `independent`'s."""
-    return (row for row in _rows(study, parts) if study.params.method(row[0]).protocol != "sequential")
+    return (row for row in _rows(study) if study.params.method(row[0]).protocol != "sequential")
 
 
-def _strangers(study: Study, first: str, second: str, parts: bool) -> Iterator[Case]:
-    both = (first, second)
-    for method, seed in _summed_rows(study, parts):
-        members = stranger_members(study, method, both, seed)
-        total = keyed(study, method, members, both)
-        for policy in policies_of(study.params, method):
-            about, compared = ("3", method, seed), policy in ("union", "owner")
-            for name, member in zip(both, members, strict=True):
-                yield Case(*about, name, alone(member, both), policy, both if compared else (name,))
-            yield Case(*about, "sum", total, policy, both)
-            if compared:
-                names = (first, f"{second} renamed {shift_of(total)}")
-                yield Case(*about, "ensemble", replace(total, how="ensemble"), policy, both)
-                yield Case(*about, "renamed", replace(total, how="renamed"), policy, names)
+def _alone(about: Sequence, members: Sequence[Member], both: tuple[str, ...], split: str) -> Iterator[Case]:
+    """What sums are compared with: each network on all tasks, the others' as a control, and the ensemble of logits."""
+    for member in members:
+        yield Case(*about, member.task, alone(member), OWN, both, split)
+    yield Case(*about, "ensemble", Sum(tuple(members), both, "ensemble"), OWN, both, split)
 
 
-def strangers(study: Study, first: str, second: str, parts: bool = False) -> pd.DataFrame:
+def _strangers(study: Study, first: str, second: str) -> Iterator[Case]:
+    both, p = (first, second), study.params
+    for method, seed in _summed_rows(study):
+        members, about = stranger_members(study, method, both, seed), ("3", method, seed)
+        yield from _alone(about, members, both, "test")
+        total = keyed(study, method, members, SHARE, narrow=NARROW)
+        headline = headline_policy(p, method)
+        for policy in policies_of(p, method):
+            for number in range(DRAWS if policy == headline and total.keys == "random" else 1):
+                yield Case(*about, "sum", replace(total, draw=number), policy, both)
+        names = (first, f"{second} renamed {shift_of(total)}")
+        yield Case(*about, "renamed", replace(total, how="renamed"), headline, names)
+
+
+def strangers(study: Study, first: str, second: str) -> pd.DataFrame:
     """Task 3, every row of the profile: two networks that never met, and their sum, no training after it.
 
-    Under ``union`` and ``owner`` each network is tested on both tasks (on the other's it is the control without which
-    the sum means nothing), and there are the ``ensemble`` of the logits and the sum with ``renamed`` classes, in which
-    two digit networks can't help each other.
+    Each network is tested on both tasks (on the other's it is the control without which the sum means nothing), and
+    there are the ``ensemble`` of the logits and the sum with ``renamed`` classes, in which two digit networks can't
+    help each other. Random keys are of the share ``SHARE``, with ``NARROW``; under the row's headline policy there are
+    ``DRAWS`` draws of them.
     """
-    return frame(study, _strangers(study, first, second, parts))
+    return frame(study, _strangers(study, first, second))
 
 
-def draws(study: Study, method: str, first: str, second: str) -> pd.DataFrame:
-    """Task 3 under ``DRAWS`` draws of random keys, nothing trained anew; policy ``union``."""
-    both, cases = (first, second), []
-    for seed in study.params.seeds_of(method):
-        members = stranger_members(study, method, both, seed)
-        for name, member in zip(both, members, strict=True):
-            cases.append(Case("3", method, seed, name, alone(member, both), "union", both))
-        for number in range(DRAWS):
-            total = keyed(study, method, members, both, draw=number)
-            cases.append(Case("3", method, seed, "sum", total, "union", both))
+def curve(
+    study: Study,
+    methods: Sequence[str],
+    names: Sequence[str],
+    shares: Sequence[float],
+    narrow: Sequence[int] = (NARROW,),
+    policies: Sequence[str] = ("by_owner",),
+    draws: int = DRAWS,
+    seeds: Sequence[int] | None = None,
+    split: str = "test",
+    **about,
+) -> pd.DataFrame:
+    """Sums of the same networks under random keys of several shares; nothing is trained anew.
+
+    Args:
+        study: where the networks come from.
+        methods: rows with random keys.
+        names: the tasks of the networks that are summed.
+        shares: of a sum's channels that each network has, k.
+        narrow: for each a curve, see :class:`~weightsum_lib.study.sums.Sum`.
+        policies: of the batch-norm statistics.
+        draws: of the keys.
+        seeds: of the networks; by default those of the row.
+        split: "test" or "val".
+        about: further fields of the sums.
+    """
+    both, cases = tuple(names), []
+    for method in methods:
+        for seed in study.params.seeds_of(method) if seeds is None else seeds:
+            members, head = stranger_members(study, method, both, seed), (str(len(both)), method, seed)
+            cases += _alone(head, members, both, split)
+            for share, least, policy, number in product(shares, narrow, policies, range(draws)):
+                total = keyed(study, method, members, share, narrow=least, draw=number, **about)
+                cases.append(Case(*head, "sum", total, policy, both, split))
     return frame(study, cases)
 
 
-def several(study: Study, method: str, networks: Sequence[tuple[str, str, str]], seed: int) -> pd.DataFrame:
-    """The sum of several networks on all their tasks, and each alone, under the row's headline policy.
+def room(
+    study: Study, method: str, names: Sequence[str], shares: Sequence[float], narrow: int = NARROW
+) -> pd.DataFrame:
+    """How much room two networks of a row have under random keys: a row a share and layer.
+
+    Columns: ``share``, ``layer``, ``channels`` of a network, ``room`` of the sum, ``shared``, the expected number of
+    channels that both have, ``used``, bytes (float32) of the sum's weights in the channels that it uses.
+    """
+    rows, members = [], stranger_members(study, method, names, 0)
+    for share in shares:
+        what = keyed(study, method, members, share, narrow=narrow)
+        keys = [what.key_of(i) for i in range(len(members))]
+        used = 4 * sum(p.numel() for p in made(study, what).weights().values())
+        for layer, size in keys[0].sizes.items():
+            n = len(keys[0].positions[layer])
+            rows.append(
+                {"share": share, "layer": layer, "channels": n, "room": size, "shared": n * n / size, "used": used}
+            )
+    return pd.DataFrame(rows)
+
+
+def several(
+    study: Study,
+    method: str,
+    networks: Sequence[tuple[str, str, str]],
+    seed: int,
+    shares: Sequence[float] = (SHARE,),
+    draws: int = DRAWS,
+) -> pd.DataFrame:
+    """The sum of several networks on all their tasks, and what it is compared with, under the row's headline policy.
 
     Args:
         study: where the networks come from.
@@ -195,6 +288,8 @@ def several(study: Study, method: str, networks: Sequence[tuple[str, str, str]],
         networks: for each its task, the task of the partner that it was trained beside, and its role ("main" or
             "support") in that pair. A row trained alone has no partners.
         seed: repetition.
+        shares: see :func:`curve`.
+        draws: of random keys.
     """
     members = []
     for task, partner, role in networks:
@@ -203,10 +298,12 @@ def several(study: Study, method: str, networks: Sequence[tuple[str, str, str]],
             members.append(Member(study.config(method, *pair, seed), role))
         else:
             members.append(Member(study.config(method, task, seed=seed)))
-    tasks, policy = tuple(m.task for m in members), headline_policy(study.params, method)
-    about = (str(len(tasks)), method, seed)
-    cases = [Case(*about, m.task, alone(m, tasks), policy, (m.task,)) for m in members]
-    return frame(study, [*cases, Case(*about, "sum", keyed(study, method, members, tasks), policy, tasks)])
+    random, about = study.params.method(method).keys == "random", (str(len(members)), method, seed)
+    each = product(shares, range(draws)) if random else [(None, 0)]
+    sums = [keyed(study, method, members, share, narrow=NARROW, draw=number) for share, number in each]
+    tasks, policy = sums[0].tasks, headline_policy(study.params, method)
+    cases = [Case(*about, "sum", each, policy, tasks) for each in sums]
+    return frame(study, [*_alone(about, members, tasks, "test"), *cases])
 
 
 _STRANGER = "sum with random weights of the partner's norms"
@@ -223,7 +320,7 @@ _MERGERS = {  # row of the profile: label, how, and coefficients
 
 
 def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
-    """Task 3 by the methods of others, on networks trained apart; policy ``union``.
+    """Task 3 by the methods of others, on networks trained apart; policy ``union``, of the ensemble ``own``.
 
     Task arithmetic takes the row `shared start`, where the profile has it. A partner with random weights of equal
     norms stands in for each network in turn.
@@ -236,7 +333,7 @@ def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
             found += [(_STRANGER, p, "stranger", (), (p[0].task,)) for p in (pair, pair[::-1])]
         for label, members, how, scales, tested in found:
             what = Sum(members, both, how, coefficients=scales)
-            cases.append(Case("3", label, seed, "merged", what, "union", tested))
+            cases.append(Case("3", label, seed, "merged", what, OWN if how == "ensemble" else "union", tested))
     return frame(study, cases)
 
 
@@ -251,15 +348,16 @@ def ceilings(study: Study, first: str, second: str) -> pd.DataFrame:
         config = study.config(TRAINED, first, second, seed)
         config = replace(config, method=replace(config.method, symmetric=True))
         pair = Sum((Member(config, "main"), Member(config, "support")), both)
-        cases.append(Case("3", "one network trained on both", seed, "ceiling", alone(one, both), "union", both))
+        cases.append(Case("3", "one network trained on both", seed, "ceiling", alone(one), OWN, both))
         cases.append(Case("3", "trained together, symmetric", seed, "ceiling", pair, "union", both))
     return frame(study, cases)
 
 
 def _pair(study: Study, method: str, first: str, second: str, apart: bool, seed: int) -> Sum:
     both = (first, second)
-    members = stranger_members(study, method, both, seed) if apart else pair_members(study, method, *both, seed)
-    return keyed(study, method, members, both)
+    if apart:
+        return keyed(study, method, stranger_members(study, method, both, seed), SHARE, narrow=NARROW)
+    return keyed(study, method, pair_members(study, method, *both, seed))
 
 
 def plane(study: Study, method: str, first: str, second: str, strangers: bool = False, seed: int = 0) -> dict:
@@ -296,18 +394,23 @@ def _plane(study: Study, what: Sum, points: int) -> dict:
     return {"coefficients": coefficients, **grid}
 
 
-def explained(study: Study, method: str, first: str, second: str, seed: int = 0) -> pd.DataFrame:
+def explained(
+    study: Study, method: str, first: str, second: str, strangers: bool = True, seed: int = 0
+) -> pd.DataFrame:
     """How much of what happens inside θ_first + θ_second on ``first``'s images θ_first alone explains.
 
     Layer by layer on validation images: the squared correlation between a channel of the sum and the same
     channel of θ_first, averaged over the channels that θ_first uses, weighted by their variance in the sum. A
-    convolution is looked at behind its batch norm, before the ReLU. Policy: that of the row's headline.
+    convolution is looked at behind its batch norm, before the ReLU. Policy: of networks that never met (``strangers``)
+    that of the row's headline, of a pair ``per_task``; θ_first alone has the statistics that it has in a sum without
+    collisions.
 
     Returns:
         a row for each layer, with ``method``, ``layer``, ``explained`` (0 to 1), and ``overlap``, the share of
         θ_first's channels that θ_second uses too (the logits: 1).
     """
-    what, policy = _pair(study, method, first, second, True, seed), headline_policy(study.params, method)
+    what = _pair(study, method, first, second, strangers, seed)
+    policy = headline_policy(study.params, method) if strangers else "per_task"
     rows = _measured(study, partial(_explained, study, what, policy), what, what.tasks, policy=policy)
     return pd.DataFrame(rows).assign(method=method)
 
@@ -316,9 +419,10 @@ def _explained(study: Study, what: Sum, policy: str) -> list[dict]:
     first = what.tasks[0]
     keys = compact([what.key_of(0), what.key_of(1)]) if what.keys != "none" else None
     images = normalize(study.dataset(first).val_images[:_PLANE_IMAGES])
+    one, of_its_own = study.run(what.members[0].config).networks["main"], {"summed": OWN, "by_owner": "per_task"}
     of_one, of_sum = (
-        _activations(under_policy(study, made(study, w), policy, what.tasks, first), images)
-        for w in (alone(what.members[0], what.tasks), what)
+        _activations(under_policy(study, network, how, what.tasks, first), images)
+        for network, how in ((one, of_its_own.get(policy, policy)), (made(study, what), policy))
     )
     shared, rows = overlap(*keys) if keys else {}, []
     for layer, a in of_one.items():

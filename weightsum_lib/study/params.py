@@ -18,10 +18,12 @@ import yaml
 DATASETS = {"mnist": "MNIST", "cifar10": "CIFAR-10", "svhn": "SVHN"}  # name: title
 BASELINE, TRAINED = "independent", "joint ce"  # the rows that the findings compare
 DISJOINT, RANDOM = "disjoint keys", "random keys"  # and the networks that are made to be summed with strangers
-SHARED, SPARSE = "shared start", "random keys 1/16"  # rows that the report tells of where a profile has them
+ALONE = "keys alone"  # and those of their size that are trained plainly
+SHARED = "shared start"  # a row that the report tells of where a profile has it
+CHOICE = 100  # the first seed of networks that choices are made with
 _NAMED = ("protocol", "third", "keys", "start", "network_width", "sum_width")  # what a recipe's name stands for
 PARAMS_DIR = Path(__file__).parents[2] / "params"
-_TAKEN = ("recipes", "published", "runs", "measurements", "standins")  # no names for a profile
+_TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
 _SHORT = reprlib.Repr()  # a refused value may be of any size
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
 
@@ -87,8 +89,7 @@ class Method:
 
     def trained(self) -> "Method":
         """What of it a training run depends on: every other switch has its default."""
-        rest = {f.name: f.default for f in fields(self) if self.protocol not in f.metadata["trained"]}
-        return replace(self, **rest)
+        return replace(self, **{f.name: f.default for f in fields(self) if self.protocol not in f.metadata["trained"]})
 
     def switches(self) -> dict:
         """The protocol, and the switches that are not at their default: what makes the method again."""
@@ -117,6 +118,7 @@ class Params:
     permuted_ramp: float = _knob("share of the steps in which the permuted share grows", _SHARE)
     plane_points: int = _knob("points along a plane's axis", (lambda v: v in range(4, 99, 3), "4, 7, 10, … or 97"))
     seeds: int = _knob("seeds 0, 1, … of each method", _from(1, 1000))
+    choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
     ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _from(0, 1000))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
@@ -139,6 +141,10 @@ class Params:
         """The seeds of a row: 0, 1, …, as many as the profile and the method allow."""
         return range(min(self.seeds, self.method(label).seeds))
 
+    def choice_seeds_of(self, label: str) -> range:
+        """The seeds with which parts are compared, on validation images: where there are any, none of the tables'."""
+        return range(CHOICE, CHOICE + min(self.choice_seeds, self.method(label).seeds)) or self.seeds_of(label)
+
     def twin(self, label: str) -> str | None:
         """The row of dense networks of the same size as a row's, trained alone: what it has to hold its own against.
 
@@ -149,8 +155,7 @@ class Params:
 
     def as_dict(self) -> dict:
         """All knobs, JSON-able; read again they give equal parameters."""
-        rows = {name: {k: m.switches() for k, m in getattr(self, name).items()} for name in ("rows", "parts")}
-        return {f.name: getattr(self, f.name) for f in fields(self)} | rows
+        return vars(self) | {n: {k: m.switches() for k, m in getattr(self, n).items()} for n in ("rows", "parts")}
 
 
 def slug(label: str) -> str:
@@ -175,20 +180,18 @@ def _number(value):
 def _make(cls, values: Mapping, where: str):
     """Build a dataclass of knobs from values, or raise ParamsError naming the key, ``where``, and what was expected."""
     known, made = {f.name: f for f in fields(cls)}, {}
-    for key in values:
-        if key not in known:
-            raise ParamsError(f"{where}: unknown parameter '{str(key)[:60]}'; {_nearest(key, known)}")
+    if unknown := [key for key in values if key not in known]:
+        raise ParamsError(f"{where}: unknown parameter '{str(unknown[0])[:60]}'; {_nearest(unknown[0], known)}")
     for name, knob in known.items():
-        value, said = values.get(name, knob.default), f"{where}: '{name}' ({knob.metadata['help']})"
+        value, (check, expected) = values.get(name, knob.default), knob.metadata["rule"]
         if value is MISSING:
             raise ParamsError(f"{where}: '{name}' is missing ({knob.metadata['help']})")
         made[name] = _number(value) if knob.type is float and type(value) in (int, str) else value
-        if type(made[name]) is not knob.type:
-            got = f"{_SHORT.repr(value)} ({type(value).__name__})"
-            raise ParamsError(f"{said} must be {knob.type.__name__}, got {got}")
-        check, expected = knob.metadata["rule"]
-        if not check(made[name]):
-            raise ParamsError(f"{said} must be {expected}, got {_SHORT.repr(value)}")
+        got = _SHORT.repr(value)
+        if of_other_type := type(made[name]) is not knob.type:
+            expected, got = knob.type.__name__, f"{got} ({type(value).__name__})"
+        if of_other_type or not check(made[name]):
+            raise ParamsError(f"{where}: '{name}' ({knob.metadata['help']}) must be {expected}, got {got}")
     return cls(**made)
 
 
@@ -212,9 +215,8 @@ def _row(label, said, recipes: Mapping, where: str) -> Method:
     own = _make(Method, switches if "protocol" in switches else {**recipes[label], **switches}, where)
     recipe = _make(Method, recipes[label], f"params/recipes.yaml: method '{label}'") if known else own
     for switch in _NAMED:
-        if getattr(own, switch) != getattr(recipe, switch):
-            meant = f"'{switch}' {getattr(recipe, switch)!r}"
-            raise ParamsError(f"{where}: this name stands for {meant}, not {getattr(own, switch)!r}; choose another")
+        if (meant := getattr(recipe, switch)) != (got := getattr(own, switch)):
+            raise ParamsError(f"{where}: this name stands for '{switch}' {meant!r}, not {got!r}; choose another")
     return own
 
 
@@ -244,7 +246,7 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
 
 def _against(p: Params) -> Iterator[str]:
     """Why these parameters can't be used."""
-    for label in (BASELINE, TRAINED, DISJOINT, RANDOM):
+    for label in (BASELINE, TRAINED, ALONE, DISJOINT, RANDOM):
         if label not in p.rows:
             yield f"'rows' lacks '{label}', which the findings of the report compare"
     slugs = {}
@@ -283,28 +285,27 @@ def check(values: Mapping, where: str) -> Params:
     return p
 
 
+_YAML_1_1 = yaml.SafeLoader.yaml_implicit_resolvers  # of a plain value, by its first character
+
+
 class _Yaml(yaml.SafeLoader):
     """YAML in which a number is what it looks like (not so in YAML 1.1: 010, 1:30), without tags and equal keys."""
 
     def compose_node(self, parent, index):
-        start = self.peek_event()
+        start, node = self.peek_event(), super().compose_node(parent, index)
         if getattr(start, "tag", None):
             raise yaml.YAMLError(f"a tag has no meaning here: {start.tag}\n{start.start_mark}")
-        node = super().compose_node(parent, index)
         keys = [key.value for key, _ in node.value] if isinstance(start, yaml.MappingStartEvent) else []
         if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
             raise yaml.YAMLError(f"'{twice[0]}' is given twice in what begins\n{start.start_mark}")
         return node
 
-    yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in ("bool", "null", "merge")]
-        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    yaml_implicit_resolvers = {None: [*_YAML_1_1["n"], *_YAML_1_1["<"]]}  # noqa: RUF012  bool, null, and merge
 
 
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]{0,99})\Z"), list("-+0123456789"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]{0,99})\Z"), None)
 _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?\Z", re.ASCII)
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
 
 def _read(name: str) -> dict:
@@ -316,6 +317,11 @@ def _read(name: str) -> dict:
     if not isinstance(values, dict):
         raise ParamsError(f"params/{name}.yaml must hold 'name: value' lines, got {type(values).__name__}")
     return values
+
+
+def claims() -> dict[str, dict]:
+    """What the front page claims, by its words: a ``value`` of the results, and ``at_least`` or ``at_most`` what."""
+    return _read("claims")
 
 
 def profiles() -> list[str]:

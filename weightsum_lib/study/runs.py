@@ -54,15 +54,7 @@ def pick_precision(device: torch.device) -> str:
     """ "bfloat16" where the hardware multiplies it natively, else "float32"."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if "avx512_bf16" in _cpu_flags() else "float32"
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:  # not Linux
-        return set()
-    return next((set(line.split()) for line in lines if line.startswith("flags")), set())
+    return "bfloat16" if getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16") else "float32"
 
 
 def code_roots(config: RunConfig) -> list[str]:

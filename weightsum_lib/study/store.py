@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import subprocess
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -22,10 +22,11 @@ ROOT = PACKAGE.parent
 _SOURCES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
     for path in sorted(PACKAGE.rglob("*.py"))
-    if path.name != "__init__.py"
 }
 _DATA = {path.name: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.json"))}  # that code reads
 _THIS = "study.store"  # keeps results, but makes none: no part of any digest
+# A name in dumped code, and the attribute of it that is meant.
+_USE = re.compile(r"Name\(id='(\w+)'(?:, ctx=\w+\(\))?\)(?:, attr='(\w+)')?")
 
 
 def content_key(content) -> str:
@@ -39,62 +40,40 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class _Code(ast.NodeTransformer):
-    """Strips what changes no result: docstrings, annotations, and the fields of dataclasses, whose values are data."""
-
-    def generic_visit(self, node):
-        super().generic_visit(node)
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            value = body[0].value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                body[0] = ast.Pass()
-        return node
-
-    def visit_ClassDef(self, node):
-        if any("dataclass" in ast.dump(d) for d in node.decorator_list):
+def _stripped(tree: ast.Module) -> ast.Module:
+    """A program less what changes no result: docstrings, annotations, fields of dataclasses (whose values are data)."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any("dataclass" in ast.dump(d) for d in node.decorator_list):
             node.body = [n for n in node.body if not isinstance(n, ast.AnnAssign)] or [ast.Pass()]
-        return self.generic_visit(node)
-
-    def visit_FunctionDef(self, node):
-        node.returns = None
-        return self.generic_visit(node)
-
-    def visit_arg(self, node):
-        node.annotation = None
-        return node
+        elif isinstance(node, ast.FunctionDef | ast.arg):
+            node.returns = node.annotation = None  # each kind has one of them
+        match node:
+            case ast.AST(body=[ast.Expr(ast.Constant(str())), *_]):
+                node.body[0] = ast.Pass()
+    return tree
 
 
 @functools.cache
-def _parsed(module: str) -> tuple[dict[str, list[ast.AST]], dict[str, tuple[str, str]]]:
-    """A module's definitions by name ("" for what else it does), and what it imports from the package, by alias."""
-    definitions, tree = {}, _Code().visit(ast.parse(_SOURCES[module]))
-    for node in tree.body:
-        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = []
-        else:
-            names = [getattr(node, "name", "")]
-        for name in names:
-            definitions.setdefault(name, []).append(node)
-    return definitions, _imports(tree)
+def _parsed(module: str) -> tuple[dict[str, str], dict[str, tuple[str, str]]]:
+    """The code of a module's definitions by name ("" for what else it does), and its imports (:func:`_imports`)."""
+    definitions, tree = {"": []}, _stripped(ast.parse(_SOURCES[module]))
+    for node in (n for n in tree.body if not isinstance(n, ast.Import | ast.ImportFrom)):
+        assigns = isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign)
+        targets = (getattr(node, "targets", None) or [node.target]) if assigns else []
+        names = [n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        for name in names or [getattr(node, "name", "")]:
+            definitions.setdefault(name, []).append(ast.dump(node))
+    return {name: "\n".join(code) for name, code in definitions.items()}, _imports(tree)
 
 
 def _imports(tree: ast.AST) -> dict[str, tuple[str, str]]:
     """What a program imports from this package: alias to (module, name); the name is empty for a module."""
     found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
-            for alias in node.names:
-                module = ".".join([*node.module.split(".")[1:], alias.name])
-                if module not in _SOURCES:
-                    module = weightsum_lib.EXPORTS.get(alias.name, "") if node.module == PACKAGE.name else ""
-                    module = module or node.module.partition(".")[2]
-                    found[alias.asname or alias.name] = (module, alias.name)
-                else:
-                    found[alias.asname or alias.name] = (module, "")
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)):
+        package, _, home = (node.module or "").partition(".")
+        for alias in node.names if package == PACKAGE.name else ():
+            module, origin = f"{home}.{alias.name}".lstrip("."), home or weightsum_lib.EXPORTS.get(alias.name, "")
+            found[alias.asname or alias.name] = (module, "") if module in _SOURCES else (origin, alias.name)
     return {alias: target for alias, target in found.items() if target[0] in _SOURCES}
 
 
@@ -125,27 +104,18 @@ def reached(*roots: str) -> dict[str, str]:
         todo.append((module, ""))  # what a module does when it is imported
         if name == "*":
             todo += [(module, each) for each in definitions]
-            continue
-        if name and name not in definitions:
-            if name in imports:  # and imported from there
-                todo.append((imports[name][0], imports[name][1] or "*"))
-                continue
+        elif name in definitions:
+            seen[module, name] = definitions[name]
+            seen |= {(file, ""): text for file, text in _DATA.items() if repr(file) in definitions[name]}
+            for used, attribute in _USE.findall(definitions[name]):
+                home, inner = imports.get(used, (module, used))
+                inner = inner or attribute or ("*" if whole else "")
+                if inner and (used in imports or used in definitions):
+                    todo.append((home, inner))
+        elif name in imports:  # and imported from there
+            todo.append((imports[name][0], imports[name][1] or "*"))
+        else:
             raise LookupError(f"weightsum_lib.{module} defines no '{name}'")
-        nodes = definitions.get(name, [])
-        seen[module, name] = "\n".join(map(ast.dump, nodes))
-        attributed = set()
-        for node in (n for top in nodes for n in ast.walk(top)):  # an attribute comes before the name that it is of
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imports:
-                target, inner = imports[node.value.id]
-                todo.append((target, inner or node.attr))
-                attributed.add(id(node.value))
-            elif isinstance(node, ast.Name) and id(node) not in attributed:
-                if node.id in imports and (imports[node.id][1] or whole):
-                    todo.append((imports[node.id][0], imports[node.id][1] or "*"))
-                elif node.id in definitions:
-                    todo.append((module, node.id))
-            elif isinstance(node, ast.Constant) and node.value in _DATA:
-                seen[node.value, ""] = _DATA[node.value]
     return {f"{module}:{name}": code for (module, name), code in sorted(seen.items()) if code}
 
 
@@ -161,22 +131,17 @@ def attributes(*roots: str) -> set[str]:
 
 def commit() -> str:
     """The commit of the working tree, with "+" where it has changes; "unknown" outside git."""
-    try:
-        options = {"capture_output": True, "text": True, "check": True, "cwd": PACKAGE}
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changed else "")
+    command = ["git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(command, cwd=PACKAGE, text=True, stderr=subprocess.DEVNULL).strip()
+    return "unknown"
 
 
 @contextlib.contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` when the block ends well, and vanishes when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield temporary
         temporary.chmod(0o644)
@@ -195,18 +160,17 @@ def write_json(path: Path, content) -> None:
 
 def read_json(path: Path):
     """The content of a JSON file; None where there is none that can be read."""
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 def _tensors_sha256(tensors: Mapping) -> str:
     import torch  # slow to load, and not wanted where make finds nothing to do
 
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
+    for name, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
@@ -225,16 +189,14 @@ def read_tensors(path: Path) -> tuple[dict, object] | None:
     """What :func:`write_tensors` has written: tensors and ``about``; None where there is none or it is damaged."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, "pt") as file:
-            tensors, written = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    with contextlib.suppress(OSError, ValueError, SafetensorError), safe_open(path, "pt") as file:
+        tensors, written = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         about = json.loads(written.get("about", ""))
-    except (OSError, ValueError, SafetensorError):
-        return None
-    return (tensors, about) if written.get("sha256") == _tensors_sha256(tensors) else None
+        if written.get("sha256") == _tensors_sha256(tensors):
+            return tensors, about
+    return None
 
 
 def lock(path: Path) -> FileLock:
     """A lock between processes, e.g. so that two notebooks never train at once; a dead process holds none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)

@@ -10,21 +10,24 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightsum_lib.core import merging
 from weightsum_lib.core.batchnorm import recalibrate
-from weightsum_lib.core.keys import Key, compact, deal, draw
+from weightsum_lib.core.keys import Key, compact
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import WeightSum
-from weightsum_lib.study.config import RunConfig, build, channels_of
+from weightsum_lib.study.config import RunConfig, build, channels_of, key_of
 from weightsum_lib.study.runs import Study
 from weightsum_lib.study.train import autocast
 
 # Where a network's batch-norm statistics come from when it is tested, and what that presumes.
 POLICIES = {
-    "owner": "each channel keeps the statistics of the network that owns it; nothing but addition, needs disjoint keys",
-    "union": "training images of all summed tasks together, without labels; needs such images",
+    "by_owner": "for each channel unlabelled training images of the task whose network has it, of all tasks where "
+    "networks share it; needs images sorted by task, and keys",
+    "union": "unlabelled training images of all summed tasks together; needs such images",
+    "summed": "the networks' statistics added, as state dicts are: no images; wrong where networks share a channel",
     "per_task": "training images of the tested task; presumes to know which task a test image is from",
-    "summed": "the networks' statistics added, as state dicts are; wrong wherever two networks share a channel",
     "batch": "the test batch's own, all of one task; needs many test images at once and presumes their task",
 }
+_OF_KEYS = ("narrow", "only", "draw")  # fields that say something of random keys
+OWN = "own"  # of a network that is not summed: training images of its own task, whatever it is tested on
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,11 @@ class Member:
 class Sum:
     """A network that is tested, and how it is made: by the function ``how`` of this module, of these members.
 
-    ``tasks`` are those whose images set the statistics under ``union``. With ``keys`` the members lie in a network of
-    ``width``, each where its own key of that ``draw`` says; a key is a property of the sum, not of the run.
+    ``tasks`` are those of the members, whose images set the statistics. With ``keys`` the members lie in a network of
+    ``width``, each where its own key of that ``draw`` says; a key is a property of the sum, not of the run. A layer
+    in which a member has fewer than ``narrow`` channels gets the room of one that has ``narrow``: what a sum loses in
+    a layer varies as the share of its channels that collide, whose variance is 1 / the room. With ``only`` the name
+    of a group of channels, random keys are random there, and disjoint everywhere else.
     """
 
     members: tuple[Member, ...]
@@ -53,46 +59,65 @@ class Sum:
     how: str = "plain"
     keys: str = "none"
     width: float = 1.0
+    narrow: int = 0
+    only: str = ""
     draw: int = 0
     coefficients: tuple[float, ...] = ()
 
+    @property
+    def share(self) -> float:
+        """The share k of the sum's channels that each network has, where no layer is ``narrow``; dense: 1."""
+        config = self.members[0].config
+        return config.width * config.method.network_width / self.width if self.keys != "none" else 1.0
+
     def key_of(self, index: int) -> Key | None:
         """The key of a member: None, its own draw, or the block of its number in disjoint keys."""
-        config, role = self.members[index].config, self.members[index].role
-        room = self.width / (config.width * config.method.network_width)
         if self.keys == "none":
             return None
-        if self.keys == "disjoint":
-            return deal(channels_of(config), room, index)
-        stream = config.stream(role, f"key {self.draw}" if self.draw else "key")
-        return draw(channels_of(config), room, torch.Generator().manual_seed(stream))
+        config, role = self.members[index].config, self.members[index].role
+        sizes = channels_of(config).sizes
+        rooms = {group: max(1, self.narrow / size) / self.share for group, size in sizes.items()}
+        key = key_of(config, role, self.keys, rooms, index, self.draw)
+        if self.only:
+            dealt = key_of(config, role, "disjoint", rooms, index).positions
+            key = replace(key, positions=dealt | {self.only: key.positions[self.only]})
+        return key
 
 
-def alone(member: Member, tasks: Sequence[str]) -> Sum:
+def alone(member: Member) -> Sum:
     """One network, nothing added."""
-    return Sum((member,), tuple(tasks))
+    return Sum((member,), (member.task,), "ensemble")
 
 
-def keyed(study: Study, method: str, members: Sequence[Member], tasks: Sequence[str], **about) -> Sum:
-    """The sum of some networks under the switches of a row."""
+def keyed(study: Study, method: str, members: Sequence[Member], share: float | None = None, **about) -> Sum:
+    """The sum of some networks under the switches of a row.
+
+    Args:
+        study: whose rows they are.
+        method: row of the report.
+        members: the networks.
+        share: of random keys, the share k of the sum's channels that each network has; by default that of training.
+        about: further fields of :class:`Sum`.
+    """
     m = study.params.method(method)
-    return Sum(tuple(members), tuple(tasks), keys=m.keys, width=study.params.width * m.sum_width, **about)
+    width = m.network_width / share if share and m.keys == "random" else m.sum_width
+    about = about if m.keys == "random" else {name: v for name, v in about.items() if name not in _OF_KEYS}
+    tasks = tuple(member.task for member in members)
+    return Sum(tuple(members), tasks, keys=m.keys, width=study.params.width * width, **about)
 
 
 # How one network is made of several: each takes the study, the description, and the members' networks.
 
 
 def plain(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
-    """Σ cᵢ·θᵢ, each network's channels where its key says; a single network as it is."""
-    if len(networks) == 1:
-        return networks[0]
+    """Σ cᵢ·θᵢ, each network's channels where its key says."""
     keys = [what.key_of(i) for i in range(len(networks))]
     return WeightSum(networks, what.coefficients or None, keys=compact(keys) if keys[0] else None)
 
 
 def ensemble(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
-    """The sum of the logits."""
-    return merging.Ensemble(networks)
+    """The sum of the logits, each network's statistics from its own task; of one network, its logits."""
+    return merging.Ensemble(_calibrated(study, what, networks))
 
 
 def renamed(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
@@ -113,10 +138,8 @@ def rebasin(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
 
 def regmean(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """RegMean, on each network's own training images."""
-    calibrated = [
-        under_policy(study, network, "per_task", (), m.task) for network, m in zip(networks, what.members, strict=True)
-    ]
-    return merging.regmean(calibrated, [normalize(calibration_images(study, [m.task])) for m in what.members])
+    images = [normalize(calibration_images(study, [m.task])) for m in what.members]
+    return merging.regmean(_calibrated(study, what, networks), images)
 
 
 def stranger(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
@@ -130,6 +153,11 @@ def arithmetic(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """Task arithmetic from the networks' shared start; the coefficient is its scale."""
     start = build(what.members[0].config).to(study.device)
     return merging.task_arithmetic(start, networks, what.coefficients[0])
+
+
+def _calibrated(study: Study, what: Sum, networks: list[nn.Module]) -> list[nn.Module]:
+    tasks = [m.task for m in what.members]
+    return [under_policy(study, n, "per_task", (), task) for n, task in zip(networks, tasks, strict=True)]
 
 
 def made(study: Study, what: Sum) -> nn.Module:
@@ -158,20 +186,21 @@ def under_policy(
     Args:
         study: whose images and precision are used.
         network: a network, a sum or an ensemble.
-        policy: one of ``POLICIES``.
-        tasks: the tasks whose networks are summed.
+        policy: one of ``POLICIES``, or ``OWN`` for what has its statistics already.
+        tasks: the tasks whose networks are summed, in their order.
         tested: the task that it is going to be tested on.
         limit: at most so many calibration images.
     """
-    if isinstance(network, WeightSum):
-        network = (network.add_statistics() if policy in ("owner", "summed") else network).materialize()
-    else:
-        network = copy.deepcopy(network)
-    if policy in ("union", "per_task"):
-        images = calibration_images(study, tasks if policy == "union" else [tested])[:limit]
+    network = network if isinstance(network, WeightSum) else copy.deepcopy(network)
+    if policy in ("by_owner", "union", "per_task"):
+        images, owners = calibration_images(study, [tested] if policy == "per_task" else tasks)[:limit], None
+        if policy == "by_owner":
+            owners = torch.arange(len(tasks)).repeat_interleave(len(images) // len(tasks))
         with autocast(study.precision, images.device):
-            recalibrate(network, normalize(images))
-    network.eval()
+            recalibrate(network, normalize(images), owners)
+    elif policy == "summed":
+        network.add_statistics()
+    network = (network.materialize() if isinstance(network, WeightSum) else network).eval()
     for module in network.modules():
         if policy == "batch" and isinstance(module, _BatchNorm):
             module.running_mean = module.running_var = None  # then the batch's are used

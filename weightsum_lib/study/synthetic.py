@@ -68,8 +68,7 @@ def _paint(rng: np.random.Generator, ink: np.ndarray) -> np.ndarray:
     wall = wall + (some(0.3) * ~plate)[..., None] * (other - wall)
     clutter = np.clip(8 * _cloud(rng, n, size, np.full(n, 1.8)) - each(6, 14), 0, 1) * some(0.25)  # leaves, a door post
     wall = wall + clutter[..., None] * (colours() - wall)
-    grain = 1 + rng.normal(0, 0.12, (n, 1, 1, 3)).astype(np.float32)
-    scene = wall + pattern[..., None] * grain
+    scene = wall + pattern[..., None] * (1 + rng.normal(0, 0.12, (n, 1, 1, 3)).astype(np.float32))
     scene *= 1 - (some(0.35) * each(0.1, 0.7) * shifted(ink, 4, 1.2))[..., None]
     body = digit + (each(0, 12) * _cloud(rng, n, size, np.full(n, 1.2)) + each(-40, 40) * v)[..., None]
     rim = np.clip(ndimage.maximum_filter(ink, (0, 5, 5)) - ink, 0, 1) * some(0.15)
@@ -92,8 +91,7 @@ def _paint(rng: np.random.Generator, ink: np.ndarray) -> np.ndarray:
     scene = 255 * (np.clip(scene, 0, 255) / 255) ** np.exp(rng.normal(0, 0.3, (n, 1, 1, 1)))
     centre = scene.mean((1, 2), keepdims=True)
     tint = 1 + rng.normal(0, 0.05, (n, 1, 1, 3)) + [0, 0, 0.05]
-    exposed = 0.65 * centre + each(10, 75)[..., None]
-    return (exposed + (scene - centre) * each(0.45, 1.15)[..., None]) * tint
+    return (0.65 * centre + each(10, 75)[..., None] + (scene - centre) * each(0.45, 1.15)[..., None]) * tint
 
 
 def _camera(rng: np.random.Generator, scene: np.ndarray) -> np.ndarray:
@@ -118,27 +116,26 @@ def _camera(rng: np.random.Generator, scene: np.ndarray) -> np.ndarray:
 
 def _svhn(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     """Crops (n, 3, 32, 32) of house numbers, as in SVHN's format 2: the digit in the middle is the label."""
-    scenes = _paint(rng, house_numbers(rng, labels))
-    return np.stack([_camera(rng, scene) for scene in scenes]).transpose(0, 3, 1, 2)
+    return np.stack([_camera(rng, s) for s in _paint(rng, house_numbers(rng, labels))]).transpose(0, 3, 1, 2)
 
 
-def _inside(label: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance-like field, positive inside shape `label` of about unit radius, at points x, y of any shape."""
+def _inside(labels: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance-like fields, positive inside shapes `labels` (n,) of about unit radius, at x and y (n, S, S)."""
     r, angle = np.hypot(x, y), np.arctan2(y, x)
     square = 0.85 - np.maximum(abs(x), abs(y))
     fields = (
-        lambda: 1 - r,  # disc
-        lambda: 0.3 - abs(r - 0.75),  # ring
-        lambda: square,
-        lambda: 0.55 - np.maximum(y, abs(x) * 0.87 - y / 2),  # triangle
-        lambda: 0.72 + 0.33 * np.cos(5 * angle) - r,  # star
-        lambda: np.minimum(1 - np.maximum(abs(x), abs(y)), 0.3 - np.minimum(abs(x), abs(y))),  # cross
-        lambda: np.minimum(1 - r, np.hypot(x - 0.5, y) - 0.75),  # crescent
-        lambda: np.minimum(0.28 - abs(abs(y) - 0.55), 1 - abs(x)),  # two bars
-        lambda: np.minimum(square, np.maximum(-0.25 - x, -0.25 - y)),  # angle
-        lambda: 0.25 - abs(y - 0.55 * np.sin(4.5 * x)) + np.minimum(0, 1.1 - abs(x)),  # wave
+        1 - r,  # disc
+        0.3 - abs(r - 0.75),  # ring
+        square,
+        0.55 - np.maximum(y, abs(x) * 0.87 - y / 2),  # triangle
+        0.72 + 0.33 * np.cos(5 * angle) - r,  # star
+        np.minimum(1 - np.maximum(abs(x), abs(y)), 0.3 - np.minimum(abs(x), abs(y))),  # cross
+        np.minimum(1 - r, np.hypot(x - 0.5, y) - 0.75),  # crescent
+        np.minimum(0.28 - abs(abs(y) - 0.55), 1 - abs(x)),  # two bars
+        np.minimum(square, np.maximum(-0.25 - x, -0.25 - y)),  # angle
+        0.25 - abs(y - 0.55 * np.sin(4.5 * x)) + np.minimum(0, 1.1 - abs(x)),  # wave
     )
-    return fields[label]()
+    return np.choose(labels[:, None, None], fields)
 
 
 def _cifar10(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
@@ -160,15 +157,11 @@ def _cifar10(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
     u = (dx * np.cos(tilt) + dy * np.sin(tilt)) / scale * wide
     v = (dy * np.cos(tilt) - dx * np.sin(tilt)) / scale / wide
     u, v = u + 0.12 * np.sin(3 * v + angle * 5), v + 0.12 * np.sin(3 * u + angle * 7)
-    field = np.empty((n, size, size), np.float32)
-    for label in range(10):
-        rows = labels == label
-        field[rows] = _inside(label, u[rows], v[rows])
     stripes = np.sin(u * each(2, 9) * np.cos(angle * 3) + v * each(2, 9) * np.sin(angle * 3))
     body += (each(-35, 35) * stripes + each(-40, 40) * u + each(-40, 40) * v)[..., None]
     clutter = _cloud(rng, n, size, np.full(n, 1.8)) - each(1.3, 2.6)  # shapeless patches of a third colour
     scene = ground + np.clip(clutter * 8, 0, 1)[..., None] * (front - ground)
-    scene += np.clip(field * scale * 16 + 0.5, 0, 1)[..., None] * (body - scene)
+    scene += np.clip(_inside(labels, u, v) * scale * 16 + 0.5, 0, 1)[..., None] * (body - scene)
     hidden = x * np.cos(angle * 2) + y * np.sin(angle * 2) - each(0.4, 1.3)
     scene += np.clip(hidden * 16 + 0.5, 0, 1)[..., None] * (front - scene)
     scene = scene * (1 + each(-0.35, 0.35) * x + each(-0.35, 0.35) * y)[..., None]

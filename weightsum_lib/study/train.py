@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightsum_lib.core.batchnorm import recalibrate
-from weightsum_lib.core.keys import Key, compact, deal, draw
+from weightsum_lib.core.keys import Key, compact, draw
 from weightsum_lib.core.losses import three_term_loss
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import WeightSum
@@ -185,10 +185,10 @@ class _Keys:
 
     def __init__(self, config: RunConfig):
         self.config, self.channels = config, channels_of(config)
-        self.room = config.method.sum_width / config.method.network_width
-        self.own = [
-            key_of(config, role, block) or deal(self.channels, self.room, 0) for block, role in enumerate(config.roles)
-        ]
+        m = config.method
+        self.room = m.sum_width / m.network_width
+        blocks = enumerate(config.roles) if m.keys != "none" else [(0, role) for role in config.roles]
+        self.own = [key_of(config, role, m.keys, self.room, block) for block, role in blocks]
 
     def epoch(self, epoch: int, steps: int) -> Iterator[list[Key]]:
         """Yield each step's keys."""
