@@ -312,7 +312,7 @@ def number_of_networks(rows: pd.DataFrame, message: str) -> Figure:
     axes.plot(own["of_ensemble"], "k--", lw=1, label=f"ensemble of the logits, {method}")
     axes.axhline(100, color="0.5", ls=":", lw=1)
     axes.set(xlabel="networks in the sum, seed 0", ylabel="kept, mean of the tasks (%)")
-    axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    axes.set_xticks(means.index.unique("networks"))
     return _done(figure, message)
 
 
