@@ -19,15 +19,16 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 .DEFAULT_GOAL := help
 # one notebook trains at a time anyway; `make -j2 notebooks book` must not build before it has run
 .NOTPARALLEL:
-.PHONY: help all setup notebooks book publish bench lab test lock clean
+.PHONY: help all setup plan train notebooks book publish bench lab test lock clean
 
 help:  ## Print this help.
-	@echo "make TARGET [PROFILE=smoke|quick|hour|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda]"
+	@echo "make TARGET [PROFILE=smoke|quick|hour|day|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PROFILE   smoke: seconds, for tests; quick (default): a laptop; hour: the same with"
-	@echo "            intervals and ablations, an hour of training on two cores; full: one GPU, real data only;"
+	@echo "            intervals and parts, an hour or so of training on two cores; day: VGG16, all images;"
+	@echo "            full: one GPU, real data only;"
 	@echo "            published: the stored run of the report, for 'make book' only"
 	@echo "  DATA_DIR  folder of the prepared datasets (default: data)"
 	@echo "  SEEDS     seeds of each method, for intervals"
@@ -49,6 +50,12 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one: make all PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+plan: setup  ## List the runs of PROFILE that are missing, and the hours that they take on this machine.
+	@$(RUN) plan $(OPTIONS)
+
+train: setup  ## Train them, in the order that makes a whole report early; goes on where it was stopped.
+	@$(RUN) train $(OPTIONS)
 
 notebooks: setup  ## Run the notebooks of PROFILE, but for those that nothing has changed for.
 	@$(RUN) notebooks $(OPTIONS)

@@ -194,6 +194,35 @@ def run_notebooks(p: Params, folder: Path) -> bool:
     return all([execute(name, p, folder) for name in notebook_names()])
 
 
+def train(p: Params, only_plan: bool) -> None:
+    """Train every run of a profile that is missing, in the order that makes a whole report early; or say which they are.
+
+    Raises:
+        RunError: the claims that the runs will be held to are not committed.
+    """
+    from weightsum_lib.study import measure, runs
+
+    check(p)
+    study = runs.Study(p)
+    queue = measure.queue(study)
+    missing, hours = [config for config in queue if study.is_missing(config)], 0.0
+    if only_plan:
+        for number, config in enumerate(missing, start=1):
+            hours += study.hours(config)
+            print(f"{number:4d}  {hours:6.2f} h  {config.describe()}", flush=True)
+        at_once = study.at_once()
+        print(
+            f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} h one after another, {at_once} at once here"
+        )
+    elif subprocess.run(["git", "status", "--porcelain", str(params.CLAIMS)], **_SAID).stdout.strip():
+        raise RunError("params/claims.yaml has changes: what a run is held to is committed before it is trained")
+    else:
+        study.train_all(queue)
+
+
+_SAID = {"capture_output": True, "text": True, "cwd": ROOT}
+
+
 def publish(p: Params, folder: Path) -> None:
     """Keep a profile's finished run as ``book/published`` and update the README from it.
 
@@ -207,6 +236,8 @@ def publish(p: Params, folder: Path) -> None:
         why = "failed, or is not of this code and these parameters; run it again"
         raise RunError(f"{', '.join(stale)} in {folder} {why}")
     results = [path for path in _all_made(folder) if path.suffix == ".json"]
+    if [path for path in results if store.read_json(path)["claims"] != store.file_sha256(params.CLAIMS)]:
+        raise RunError("params/claims.yaml was changed after the run that it is held to; run it again")
     commits = {store.read_json(path)["provenance"]["commit"] for path in results}
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
@@ -288,9 +319,9 @@ def _overrides(arguments) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: ``python -m weightsum_lib.run {notebooks,book,all,publish} --profile quick``."""
+    """The command line: ``python -m weightsum_lib.run {plan,train,notebooks,book,all,publish} --profile quick``."""
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.run", description=__doc__)
-    parser.add_argument("step", choices=("notebooks", "book", "all", "publish"))
+    parser.add_argument("step", choices=("plan", "train", "notebooks", "book", "all", "publish"))
     parser.add_argument("--profile", default="quick")
     for option in ("--data-dir", "--seeds", "--device"):
         parser.add_argument(option, default="")
@@ -304,6 +335,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             p = params.read(arguments.profile, _overrides(arguments))
             folder = Path(p.results_dir) / p.profile
+        if arguments.step in ("plan", "train"):
+            train(p, only_plan=arguments.step == "plan")
         if arguments.step in ("notebooks", "all"):
             succeeded = run_notebooks(p, folder)
         if arguments.step == "publish":

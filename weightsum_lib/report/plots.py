@@ -311,7 +311,7 @@ def number_of_networks(rows: pd.DataFrame, message: str) -> Figure:
         axes.plot(own["kept"], f"{_MARKERS[i]}-", ms=6, label=f"{method}, k = {fraction(share)}")
     axes.plot(own["of_ensemble"], "k--", lw=1, label=f"ensemble of the logits, {method}")
     axes.axhline(100, color="0.5", ls=":", lw=1)
-    axes.set(xlabel="networks in the sum, seed 0", ylabel="kept, mean of the tasks (%)")
+    axes.set(xlabel="networks in the sum, seed 0", ylabel="kept (%),\nmean of the tasks")
     axes.set_xticks(means.index.unique("networks"))
     return _done(figure, message)
 

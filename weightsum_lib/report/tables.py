@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import special, stats
 
 from weightsum_lib.study import store
-from weightsum_lib.study.params import DATASETS, Method, slug
+from weightsum_lib.study.params import CLAIMS, DATASETS, Method, slug
 
 # role of a network where a task is tested; "before" and "other" follow from what is tested
 _ROLES = {"sum": "after", "merged": "after", "ceiling": "after", "renamed": "renamed", "ensemble": "ensemble"}
@@ -336,6 +336,7 @@ def save(
     content = {"notebook": notebook, "profile": profile, "values": values, "headline": list(headline)}
     content |= {"intervals": {key: found._asdict() for key, found in intervals.items()}}
     content |= {"tables": {name: as_json(frame) for name, frame in tables.items()}, "provenance": study.provenance()}
+    content["claims"] = store.file_sha256(CLAIMS)  # that the run is held to
     if rows is not None:
         shown = rows[["before", "after", "ensemble"]].round(3).reset_index()
         content["rows"] = json.loads(shown.to_json(orient="split", index=False))

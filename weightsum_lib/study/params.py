@@ -23,6 +23,7 @@ SHARED = "shared start"  # a row that the report tells of where a profile has it
 CHOICE = 100  # the first seed of networks that choices are made with
 _NAMED = ("protocol", "third", "keys", "start", "network_width", "sum_width")  # what a recipe's name stands for
 PARAMS_DIR = Path(__file__).parents[2] / "params"
+CLAIMS = PARAMS_DIR / "claims.yaml"
 _TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
 _SHORT = reprlib.Repr()  # a refused value may be of any size
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
@@ -126,6 +127,7 @@ class Params:
     data_dir: str = _knob("folder of the prepared datasets; empty: no files", (str.isprintable, "printable text"))
     results_dir: str = _knob("folder of the results", (_is_inside, "a folder in the repository, or an absolute path"))
     device: str = _knob("where to compute", _one_of("auto", "cpu", "cuda"))
+    precision: str = _knob("of the forward pass; auto: the processor's", _one_of("auto", "float32", "bfloat16"))
     networks_at_once: int = _knob("networks trained at once on a CPU; 0: one a core, at most four", _from(0, 1024))
 
     @property
@@ -321,7 +323,7 @@ def _read(name: str) -> dict:
 
 def claims() -> dict[str, dict]:
     """What the front page claims, by its words: a ``value`` of the results, and ``at_least`` or ``at_most`` what."""
-    return _read("claims")
+    return _read(CLAIMS.stem)
 
 
 def profiles() -> list[str]:

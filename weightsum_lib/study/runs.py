@@ -50,11 +50,19 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def pick_precision(device: torch.device) -> str:
-    """ "bfloat16" where the hardware multiplies it natively, else "float32"."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16") else "float32"
+def pick_precision(device: torch.device, wanted: str = "auto") -> str:
+    """ "bfloat16" where the hardware multiplies it natively, else "float32".
+
+    Raises:
+        ParamsError: bfloat16 is ``wanted`` and the hardware does not multiply it.
+    """
+    if wanted == "float32":
+        return wanted
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu
+    if wanted == "bfloat16" and not has:
+        raise ParamsError("precision 'bfloat16' is asked for, which this processor does not multiply; say 'auto'")
+    return "bfloat16" if has else "float32"
 
 
 def code_roots(config: RunConfig) -> list[str]:
@@ -101,7 +109,7 @@ class Study:
     def __init__(self, params: Params):
         self.params = params
         self.device = pick_device(params.device)
-        self.precision = pick_precision(self.device)
+        self.precision = pick_precision(self.device, params.precision)
         self.commit = store.commit()  # now: the code that runs was imported just before
         # relative folders are the repository's, wherever the notebook runs
         self.results = store.ROOT / params.results_dir
@@ -110,6 +118,7 @@ class Study:
         self._loaded: OrderedDict[str, Run] = OrderedDict()
         self._used: set[RunConfig] = set()
         self._measuring_seconds: dict[str, float] = {}
+        self._step_seconds: dict[RunConfig, float] = {}
 
     def dataset(self, name: str) -> data.Dataset:
         """A dataset, or a task made from some (:func:`weightsum_lib.study.data.variant`), on the study's device."""
@@ -174,11 +183,12 @@ class Study:
         """
         queue = list(dict.fromkeys(c for config in configs for c in (*self._parents(config), config)))
         self._used.update(configs)
-        if any(map(self._is_missing, queue)):
+        if any(map(self.is_missing, queue)):
             with _alone(self.results / "training.lock"):
-                self._train([c for c in queue if self._is_missing(c)])
+                self._train([c for c in queue if self.is_missing(c)])
 
-    def _is_missing(self, config: RunConfig) -> bool:
+    def is_missing(self, config: RunConfig) -> bool:
+        """Whether a run is not finished yet."""
         return store.read_json(self.folder(config) / "run.json") is None
 
     def _train(self, missing: Sequence[RunConfig]) -> None:
@@ -189,8 +199,8 @@ class Study:
         )
         say = {c: functools.partial(progress.epoch, number, c) for number, c in enumerate(missing, start=1)}
         while missing:
-            ready = [c for c in missing if not any(map(self._is_missing, self._parents(c)))]
-            workers = min(len(ready), self._at_once())
+            ready = [c for c in missing if not any(map(self.is_missing, self._parents(c)))]
+            workers = min(len(ready), self.at_once())
             if workers > 1:
                 params = json.dumps(self.params.as_dict())
                 jobs = [(store.code_digest(*code_roots(c)), params, c, say[c]) for c in ready]
@@ -198,10 +208,28 @@ class Study:
             else:
                 for config in ready:
                     self.train_here(config, say[config])
-            missing = [c for c in missing if self._is_missing(c)]
+            missing = [c for c in missing if self.is_missing(c)]
         done.unlink(missing_ok=True)
 
-    def _at_once(self) -> int:
+    def hours(self, config: RunConfig) -> float:
+        """How long a run takes here, from a step that is measured; in one thread, with nothing beside it."""
+        method = config.method if config.method.protocol == "joint" else replace(config.method, protocol="independent")
+        alike = replace(config, method=method, main="mnist", support=config.support and "cifar10", seed=0)
+        if alike not in self._step_seconds:
+            few, seconds = {}, []  # validation images, which are not what is measured
+            for name in ("mnist", "cifar10"):
+                d = self.dataset(name)
+                few[name] = replace(d, val_images=d.val_images[:100], val_labels=d.val_labels[:100])
+            for steps in (1, 4):
+                started = time.perf_counter()
+                with _one_thread():
+                    train.train(replace(alike, epochs=1, epoch_images=steps * config.batch_size), few)
+                seconds.append(time.perf_counter() - started)
+            self._step_seconds[alike] = (seconds[1] - seconds[0]) / 3
+        steps = config.trained_epochs * (config.epoch_images // config.batch_size)
+        return self._step_seconds[alike] * steps / 3600
+
+    def at_once(self) -> int:
         """How many networks are trained at once."""
         if self.device.type != "cpu":
             return 1
