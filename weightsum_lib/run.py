@@ -195,7 +195,7 @@ def run_notebooks(p: Params, folder: Path) -> bool:
 
 
 def train(p: Params, only_plan: bool) -> None:
-    """Train every run of a profile that is missing, in the order that makes a whole report early; or say which they are.
+    """Train every missing run of a profile, in the order that makes a whole report early; or say which they are.
 
     Raises:
         RunError: the claims that the runs will be held to are not committed.
@@ -210,9 +210,8 @@ def train(p: Params, only_plan: bool) -> None:
         for number, config in enumerate(missing, start=1):
             hours += study.hours(config)
             print(f"{number:4d}  {hours:6.2f} h  {config.describe()}", flush=True)
-        at_once = study.at_once()
         print(
-            f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} h one after another, {at_once} at once here"
+            f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} hours of one core; {study.at_once()} at once"
         )
     elif subprocess.run(["git", "status", "--porcelain", str(params.CLAIMS)], **_SAID).stdout.strip():
         raise RunError("params/claims.yaml has changes: what a run is held to is committed before it is trained")
