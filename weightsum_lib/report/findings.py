@@ -67,6 +67,26 @@ def counts(rows: pd.DataFrame, method: str, baseline: str, margins: Mapping[str,
     return "no" if "no" in found else "undecided" if "undecided" in found else "yes"
 
 
+def answer(rows: pd.DataFrame) -> str:
+    """The study's answer, in two sentences.
+
+    Args:
+        rows: of the front page, with ``task``, ``method``, ``before`` and ``after``.
+    """
+
+    def kept(tasks: str, method: str) -> str:
+        found = rows[rows["task"].str.match(tasks) & (rows["method"] == method)]
+        parts = zip(found["task"].str.partition(": ")[2], found["before"], found["after"], strict=True)
+        return " and ".join(f"{100 * after.mean / before.mean:.0f} % of {name}" for name, before, after in parts) or "–"
+
+    return (
+        f"The sum of two networks that were trained apart keeps {kept('Task [12]', BASELINE)}; of a pair that was "
+        f"trained to be added, {kept('Task [12]', TRAINED)}. Of two that never met it keeps {kept('Task 3', TRAINED)} "
+        f"if each was only trained to be added to another, and {kept('Task 3', RANDOM)} if they were trained by the "
+        "recipe of this study."
+    )
+
+
 def of_pair(summary: pd.DataFrame, counted: str, task: str) -> str:
     """What the sum does to the main task of a pair, in plain sentences.
 

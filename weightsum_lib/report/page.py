@@ -8,7 +8,7 @@ import pandas as pd
 import yaml
 
 from weightsum_lib.report import plots
-from weightsum_lib.report.findings import KEEPS, judge, verdict_of
+from weightsum_lib.report.findings import KEEPS, answer, judge, verdict_of
 from weightsum_lib.report.tables import Interval, as_json, data_notice, table, title
 from weightsum_lib.study import params, store
 from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, TRAINED
@@ -61,7 +61,7 @@ def write_headline(folder: Path, target: Path) -> None:
         "profiles": _profiles(folder),
     }
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last}
-    content["values"] = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
+    content["values"] = {"data_notice": data_notice(data), "run_notice": _run_notice(last), "answer": answer(rows)}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)
 
