@@ -1,5 +1,6 @@
 """The README's Python runs as it stands there, and does what the words beside it say."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -22,12 +23,14 @@ def told():
     assert len(blocks) == 3
     for number, block in enumerate(blocks):
         exec(compile(block, f"README.md, block {number}", "exec"), names)
+        if number == 1:  # the last block trains them on
+            names["untouched"] = copy.deepcopy((names["network_a"], names["network_b"]))
     return names
 
 
 @torch.no_grad()
 def test_the_plain_network_has_the_summed_weights(told):
-    a, b, plain = told["network_a"], told["network_b"], told["plain"]
+    (a, b), plain = told["untouched"], told["plain"]
     assert type(plain) is ResNet and not plain.training
     for name, weight in plain.named_parameters():
         torch.testing.assert_close(weight, a.get_parameter(name) + b.get_parameter(name), rtol=0, atol=0)
@@ -35,7 +38,7 @@ def test_the_plain_network_has_the_summed_weights(told):
 
 @torch.no_grad()
 def test_under_dealt_keys_the_sum_adds_what_each_network_answers(told):
-    a, b, images = told["network_a"].eval(), told["network_b"].eval(), told["images_a"]
+    a, b, images = *(network.eval() for network in told["untouched"]), told["images_a"]
     assert told["apart"].conv1.out_channels == 2 * a.conv1.out_channels
     torch.testing.assert_close(told["apart"](images), a(images) + b(images), rtol=1e-4, atol=1e-4)
 
