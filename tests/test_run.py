@@ -279,6 +279,10 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
     assert (house.results / "00_how_to_sum.ipynb").exists()
     assert run.main(["publish", *SMOKE]) == 2
     assert "commit" in capsys.readouterr().err  # the copy is no checkout
+    with monkeypatch.context() as changed:
+        changed.setattr(params, "CLAIMS", house.path / "README.md")
+        assert run.main(["publish", *SMOKE]) == 2
+    assert "claims.yaml was changed after the run" in capsys.readouterr().err
     assert run.main(["publish", *SMOKE, "--seeds", "2"]) == 2
     assert "not of this code and these parameters" in capsys.readouterr().err
     # nothing but what the house began with

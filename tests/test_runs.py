@@ -2,6 +2,7 @@
 
 import ast
 import os
+import subprocess
 import time
 from dataclasses import asdict, field, make_dataclass, replace
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from conftest import tiny_params
 
-from weightsum_lib.study import runs, store
+from weightsum_lib import run
+from weightsum_lib.study import params, runs, store
 from weightsum_lib.study.config import RunConfig
 from weightsum_lib.study.params import Method, Params, ParamsError
 from weightsum_lib.study.runs import Study, run_key
@@ -281,3 +283,45 @@ def test_what_code_reads_from_a_file_of_the_package_is_in_its_digest(monkeypatch
     store.reached.cache_clear()
     assert store.code_digest(root) != before and store.code_digest("study.train:train") == train
     store.reached.cache_clear()
+
+
+def test_the_hours_of_a_run_are_its_steps_times_a_measured_one(tiny):
+    study = Study(tiny)
+    config = study.config("joint ce", "mnist", "cifar10")
+    hours = study.hours(config)
+    assert hours > 0 and study.hours(replace(config, seed=3, main="svhn")) == hours  # measured once
+    assert study.hours(replace(config, epochs=10)) == pytest.approx(5 * hours)
+    fine_tuned = study.config("sequential", "mnist", "cifar10", start="sum")
+    alone = study.alone(fine_tuned)
+    assert study.hours(fine_tuned) * alone.epochs == pytest.approx(study.hours(alone) * fine_tuned.finetune_epochs)
+
+
+def test_a_precision_that_the_processor_has_not_is_refused_and_float32_is_always_there(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    with pytest.raises(ParamsError, match="'bfloat16' is asked for, which this processor does not multiply"):
+        runs.pick_precision(cpu, "bfloat16")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert [runs.pick_precision(cpu, wanted) for wanted in ("bfloat16", "float32")] == ["bfloat16", "float32"]
+
+
+def test_nothing_is_trained_before_the_claims_are_committed_and_a_plan_trains_nothing(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    claims = tmp_path / "claims.yaml"
+    claims.write_text("{}")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "claims"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(params, "CLAIMS", claims)
+    monkeypatch.setattr(run, "_SAID", run._SAID | {"cwd": tmp_path})
+    claims.write_text("{changed: {}}")
+    with pytest.raises(run.RunError, match=r"claims.yaml has changes: .* committed before it is trained"):
+        run.train(tiny, only_plan=False)
+    monkeypatch.setattr(Study, "hours", lambda self, config: 0.5)
+    run.train(tiny, only_plan=True)
+    said = capsys.readouterr().out.splitlines()
+    assert (
+        said[0].split()[:3] == ["1", "0.50", "h"] and f"{len(said) - 1} of {len(said) - 1} runs are missing" in said[-1]
+    )
+    assert not list(tmp_path.glob("results/runs/*/run.json"))

@@ -214,7 +214,8 @@ class Study:
     def hours(self, config: RunConfig) -> float:
         """How long a run takes here, from a step that is measured; in one thread, with nothing beside it."""
         method = config.method if config.method.protocol == "joint" else replace(config.method, protocol="independent")
-        alike = replace(config, method=method, main="mnist", support=config.support and "cifar10", seed=0)
+        alike = replace(config, method=method, main="mnist", support=config.support and "cifar10", start="random")
+        alike = replace(alike, seed=0, epochs=1, finetune_epochs=0, epoch_images=0)
         if alike not in self._step_seconds:
             few, seconds = {}, []  # validation images, which are not what is measured
             for name in ("mnist", "cifar10"):
@@ -223,7 +224,7 @@ class Study:
             for steps in (1, 1, 4):  # the first is slow
                 started = time.perf_counter()
                 with _one_thread():
-                    train.train(replace(alike, epochs=1, epoch_images=steps * config.batch_size), few)
+                    train.train(replace(alike, epoch_images=steps * config.batch_size), few)
                 seconds.append(time.perf_counter() - started)
             self._step_seconds[alike] = max(0.0, seconds[2] - seconds[1]) / 3
         steps = config.trained_epochs * (config.epoch_images // config.batch_size)
