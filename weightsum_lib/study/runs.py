@@ -213,9 +213,10 @@ class Study:
 
     def hours(self, config: RunConfig) -> float:
         """How long a run takes here, from a step that is measured; in one thread, with nothing beside it."""
-        method = config.method if config.method.protocol == "joint" else replace(config.method, protocol="independent")
-        alike = replace(config, method=method, main="mnist", support=config.support and "cifar10", start="random")
-        alike = replace(alike, seed=0, epochs=1, finetune_epochs=0, epoch_images=0)
+        joint = config.method.protocol == "joint"
+        method = config.method if joint else replace(config.method, protocol="independent")
+        alike = replace(config, method=method, main="mnist", support="cifar10" * joint, start="random", seed=0)
+        alike = replace(alike, epochs=1, finetune_epochs=0, epoch_images=0)
         if alike not in self._step_seconds:
             few, seconds = {}, []  # validation images, which are not what is measured
             for name in ("mnist", "cifar10"):
