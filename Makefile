@@ -10,7 +10,9 @@ PY := $(VENV)/bin/python
 # named after the content of what it was installed from, so that a touch installs nothing
 INSTALLED := $(VENV)/installed-$(shell cat requirements.lock pyproject.toml | cksum | cut -d ' ' -f 1)
 RUN = $(PY) -m weightsum_lib.run
-OPTIONS = --profile "$(PROFILE)" --data-dir "$(DATA_DIR)" --seeds "$(SEEDS)" --device "$(DEVICE)"
+# through the environment, so that no shell reads a value as a program
+export PROFILE DATA_DIR SEEDS DEVICE
+OPTIONS = --profile "$$PROFILE" --data-dir "$$DATA_DIR" --seeds "$$SEEDS" --device "$$DEVICE"
 
 # glibc's malloc gives large blocks back at once, so that each tensor's pages are new: a tenth of a training step
 export MALLOC_MMAP_THRESHOLD_ ?= 1073741824
@@ -49,7 +51,9 @@ $(INSTALLED): | $(VENV)/bin/python
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed; name one: make all PYTHON=python3.12" >&2; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@test ! -e "$(VENV)" || \
+		{ echo "$(VENV) is there, and is no environment; delete it, or name another: make setup VENV=.env" >&2; exit 1; }
+	@$(PYTHON) -m venv "$(VENV)" || { rm -rf "$(VENV)"; exit 1; }
 
 plan: setup  ## List the runs of PROFILE that are missing, and the hours that they take on this machine.
 	@$(RUN) plan $(OPTIONS)
@@ -67,7 +71,7 @@ publish: setup  ## Keep the finished run of PROFILE as book/published, and its t
 	@$(RUN) publish $(OPTIONS)
 
 bench: setup  ## Measure the speed of a training step, about five minutes; the book's page on speed shows it.
-	@$(PY) -m weightsum_lib.bench --device "$(DEVICE)"
+	@$(PY) -m weightsum_lib.bench --device "$$DEVICE"
 
 lab: setup  ## Open JupyterLab on the paired notebooks.
 	@$(PY) -m jupytext --quiet --sync notebooks/*.py

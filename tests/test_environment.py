@@ -1,7 +1,10 @@
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.markers import Marker
 from packaging.requirements import Requirement
@@ -52,3 +55,24 @@ def test_conda_gives_the_same_environment():
     (python,) = [Requirement(c.replace("=", "==", 1)) for c in conda if c.startswith("python=")]
     (spec,) = python.specifier
     assert Version(spec.version) in Requirement("python" + PROJECT["requires-python"]).specifier
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def test_make_deletes_nothing_that_it_did_not_make_and_runs_no_value_as_a_program(tmp_path):
+    """With a stand-in for Python that says how it was called."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept").touch()
+    refused = subprocess.run(["make", "setup", "VENV=mine"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode and "mine is there, and is no environment" in refused.stderr
+    assert (tmp_path / "mine" / "kept").exists()
+    python = tmp_path / "env" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "<%s>\\n" "$@" > called\n')
+    python.chmod(0o755)
+    for value in ("$$(touch oops)", "`touch oops`", "a folder", "it's; touch oops"):
+        subprocess.run(["make", "all", "VENV=env", f"DATA_DIR={value}"], cwd=tmp_path, check=True, capture_output=True)
+        called = (tmp_path / "called").read_text().splitlines()
+        assert called[called.index("<--data-dir>") + 1] == f"<{value.replace('$$', '$')}>"
+        assert not (tmp_path / "oops").exists()

@@ -2,9 +2,12 @@
 
 import ast
 import os
+import signal
 import subprocess
+import sys
 import time
 from dataclasses import asdict, field, make_dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,3 +328,51 @@ def test_nothing_is_trained_before_the_claims_are_committed_and_a_plan_trains_no
         said[0].split()[:3] == ["1", "0.50", "h"] and f"{len(said) - 1} of {len(said) - 1} runs are missing" in said[-1]
     )
     assert not list(tmp_path.glob("results/runs/*/run.json"))
+
+
+def _workers(of):
+    """The processes of this user that train for a process, by their number."""
+    found = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
+    return [
+        int(line.split()[0]) for line in found if "loky" in line and "Process-" in line and int(line.split()[1]) == of
+    ]
+
+
+def _alive(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="not Linux")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_who_is_told_to_stop_stops_at_once_with_its_workers_and_goes_on_later(tmp_path, how):
+    program = """
+import os, sys
+os.sched_getaffinity = lambda _: {0, 1}
+from weightsum_lib import run
+from weightsum_lib.study import params
+values = {"results_dir": sys.argv[1], "device": "cpu", "networks_at_once": 2, "epochs": 400, "train_images": 640}
+read = params.read
+run.params.read = lambda profile, overrides=None: read(profile, values)
+sys.exit(run.main(["train", "--profile", "smoke"]))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment.pop(runs.PROGRESS_VARIABLE, None)
+    trains = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    said = trains.stderr.readline()
+    assert said.startswith("run "), said + trains.stderr.read()
+    workers = _workers(trains.pid)
+    assert len(workers) == 2
+    trains.send_signal(how)
+    started = time.monotonic()
+    trains.wait(20)
+    assert time.monotonic() - started < 5
+    rest = trains.stderr.read() if how != signal.SIGKILL else ""
+    if how != signal.SIGKILL:
+        assert trains.returncode == 130 and "goes on from the last finished epoch" in rest and "Traceback" not in rest
+    while any(map(_alive, workers)):
+        assert time.monotonic() - started < 5
+        time.sleep(0.1)
+    assert list(tmp_path.glob("runs/*/checkpoint.safetensors")) and not list(tmp_path.glob("runs/*/run.json"))

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -326,6 +327,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(option, default="")
     arguments, succeeded = parser.parse_args(argv), True
     os.chdir(ROOT)
+    with contextlib.suppress(ValueError):  # not in a thread
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if arguments.profile == "published" and arguments.step != "book":
             raise ParamsError("'published' is a stored run, not a profile to run: make book PROFILE=published")
@@ -347,7 +350,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if succeeded else 1
     except (RuntimeError, ParamsError) as error:
         print(f"error: {error}", file=sys.stderr)
-    return 2
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished epoch of each network", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -362,8 +363,21 @@ def _study_of_worker(params: str) -> Study:
     return Study(check(json.loads(params), "the parameters of a worker"))
 
 
+@functools.cache
+def _end_with_the_parent() -> None:
+    """Let this process end soon after the one that started it, however that ended."""
+
+    def watch(parent: int = os.getppid()):
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _in_worker(code: str, params: str, config: RunConfig, on_epoch: Callable[[dict], None]) -> None:
     """Train one of the runs that share the cores, in a process of its own."""
+    _end_with_the_parent()
     if code != store.code_digest(*code_roots(config)):
         raise RuntimeError("weightsum_lib was edited while it ran, so its workers have other code; start it again")
     _study_of_worker(params).train_here(config, on_epoch)
