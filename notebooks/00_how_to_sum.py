@@ -213,8 +213,14 @@ max((difference[k] - v).abs().max().item() for k, v in theta_c.named_parameters(
 # tasks: *ZipIt!*, Stoica et al. 2024 ([2305.03053](https://arxiv.org/abs/2305.03053)). Repairing the statistics afterwards:
 # REPAIR, Jordan et al. 2022 ([2211.08403](https://arxiv.org/abs/2211.08403)).
 #
+# **The nearest relative**: *Composable sparse subnetworks via a maximum-entropy principle*, Caso et al., ICLR 2026
+# ([OpenReview](https://openreview.net/forum?id=IHwx5ioIP2)): networks for some of the classes of one dataset, uniform on the
+# others' images and pruned, whose weights are added. New here: the networks need no pruning and no common start, come from
+# different datasets, and meet for the first time in the sum, under keys that each draws for itself. And what is lost is
+# told apart: loud answers, shared channels, batch-norm statistics.
+#
 # **Several skills in one set of weights.** *Superposition of many models into one*, Cheung et al. 2019
-# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, the nearest relative of this study. PackNet,
+# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, from which a key retrieves one. PackNet,
 # Mallya & Lazebnik 2018 ([1711.05769](https://arxiv.org/abs/1711.05769)); *Supermasks in superposition*, Wortsman et al. 2020
 # ([2006.14769](https://arxiv.org/abs/2006.14769)).
 #

@@ -107,3 +107,21 @@ def test_a_line_of_code_is_counted_as_one(tmp_path):
     path = Path(tmp_path) / "x.py"
     path.write_text('"""Doc\nstring."""\n\n# why\nx = """a\nb"""  # two\n\n\ndef f():\n    """Doc."""\n    return 1\n')
     assert lines_of_code(path) == 4
+
+
+@pytest.mark.parametrize(
+    ("asked", "answered"),
+    [
+        ("How do I sum the weights?", "`WeightSum([a, b])`"),
+        ("What about batch norm?", "they are estimated anew"),
+        ("Multi-input network or weight sharing?", "a third network whose weights are a *function* of two others"),
+        ("What is the third term?", "the plain cross-entropy of the sum is the one to start from"),
+        ("Is it meta-learning?", "a relative: it asks for weights that still work *after* a change of weights"),
+        ("Is it a good idea?", "measured"),
+        ("Similar examples?", "bibliography below"),
+    ],
+)
+def test_every_question_that_was_asked_is_answered_in_so_many_words(asked, answered):
+    text = (NOTEBOOKS / "00_how_to_sum.py").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith(f"# | {asked} |")]
+    assert answered in row
