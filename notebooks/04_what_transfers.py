@@ -147,12 +147,11 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # %% tags=["hide-input"] mystnb={"image": {"alt": "What tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys, one for disjoint keys, and one for the ensemble of the logits."}}
 PAIR = [(FIRST, SUPPORT, "main"), (SECOND, SUPPORT, "main")]  # task, the partner's task in training, role there
 NEITHER = (SUPPORT, f"{FIRST} inverted", "main")
-JOINING = [*PAIR, NEITHER, (f"{SECOND} inverted", SUPPORT, "main")]
-COUNTS = (2, 3, 4)
+JOINING = [*PAIR, NEITHER, (f"{SECOND} inverted", SUPPORT, "main")][: 4 if p.parts else 3]
 grown = [
-    measure.several(study, m, JOINING[:count], seed, SHARES[1:], draws=5).assign(networks=count)
+    measure.several(study, m, JOINING[:count], seed, SHARES[1:], draws=3).assign(networks=count)
     for m in (RANDOM, DISJOINT)
-    for count in COUNTS
+    for count in range(2, len(JOINING) + 1)
     for seed in p.seeds_of(m)[:1]
 ]
 growing = tables.wide(pd.concat(grown))
