@@ -527,3 +527,10 @@ def test_the_library_page_documents_what_is_there():
         assert found.__doc__.strip(), path
         if path.count(".") > 1 and not path.endswith("study.measure"):
             assert found.__module__ == path.rpartition(".")[0]
+
+
+def test_a_curve_is_shown_with_a_line_a_row_and_a_share_a_column():
+    index = pd.MultiIndex.from_tuples([("b", 1 / 8), ("b", 1 / 2), ("a", 1 / 8)], names=["line", "share"])
+    shown = tables.by_share(pd.Series([interval([v]) for v in (97.0, 90.0, 50.0)], index))
+    assert list(shown) == ["Networks", "k = 1/2", "k = 1/8"]
+    assert shown.values.tolist() == [["b", "90.0", "97.0"], ["a", "–", "50.0"]]

@@ -76,8 +76,11 @@ def answer(rows: pd.DataFrame) -> str:
 
     def kept(tasks: str, method: str) -> str:
         found = rows[rows["task"].str.match(tasks) & (rows["method"] == method)]
-        parts = zip(found["task"].str.partition(": ")[2], found["before"], found["after"], strict=True)
-        return " and ".join(f"{100 * after.mean / before.mean:.0f} % of {name}" for name, before, after in parts) or "–"
+        parts = zip(found["task"], found["before"], found["after"], strict=True)
+        shown = [
+            f"{100 * after.mean / before.mean:.0f} % of {task.partition(': ')[2]}" for task, before, after in parts
+        ]
+        return " and ".join(shown) or "–"
 
     return (
         f"The sum of two networks that were trained apart keeps {kept('Task [12]', BASELINE)}; of a pair that was "

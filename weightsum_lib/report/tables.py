@@ -228,7 +228,7 @@ def table(summary: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
     def show(cell, digits):
         if isinstance(cell, Interval):
             return format(cell, digits)
-        return "–" if pd.isna(cell) else cell if isinstance(cell, str) else f"{cell:g}"
+        return "–" if pd.isna(cell) else f"{cell:.1f}" if isinstance(cell, float) else str(cell)
 
     tested = summary.index.unique("tested") if "tested" in summary.index.names else [""]
     sides = {name: summary.xs(name, level="tested") if name else summary for name in tested}
@@ -244,6 +244,13 @@ def table(summary: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
             digits = ".2f" if column.startswith("gap") else ".1f"
             shown[heading] = [show(cell, digits) for cell in side[column].reindex(index)]
     return shown.assign(n=[show(n, "") for n in summary["n"].groupby(index.names, sort=False).max()])
+
+
+def by_share(cells: pd.Series) -> pd.DataFrame:
+    """Intervals by ``line`` and ``share`` as they are shown: a line a row, a share k of the sum's channels a column."""
+    shares = sorted(cells.index.unique("share"), reverse=True)
+    shown = cells.map(str).unstack("share").reindex(cells.index.unique("line"), columns=shares).fillna("–")
+    return shown.set_axis([f"k = {fraction(k)}" for k in shares], axis=1).rename_axis("Networks").reset_index()
 
 
 def layer_table(layers: pd.DataFrame) -> pd.DataFrame:
