@@ -80,7 +80,7 @@ lab: setup  ## Open JupyterLab on the paired notebooks.
 test: setup  ## Check the style and run the tests.
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m pytest --cov=weightsum_lib --cov-branch --cov-fail-under=90 --cov-report=term:skip-covered
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --cov=weightsum_lib --cov-branch --cov-fail-under=90 --cov-report=term:skip-covered
 
 lock: setup  ## Resolve the newest packages into requirements.lock, for Linux, macOS and Windows.
 	@$(PY) -m pip install -q --disable-pip-version-check uv
