@@ -76,8 +76,7 @@ keyed, dense = (
 plots.unmet(summary, f"Never met: random keys read {keyed}, dense {TRAINED} {dense}")
 
 # %% [markdown]
-# In the tables, *ensemble of logits* runs both networks and adds their logits: it is what a sum without any
-# interference between the weights would do. A control gives SVHN's classes other names, so that two digit
+# A control gives SVHN's classes other names, so that two digit
 # networks can't help each other. Training does not know what a class is called, so θ_s with its outputs renamed *is* a
 # network trained on the renamed labels (a test shows it), and no new training is needed. *Counts*: before the sum, both
 # networks are not worse than dense ones of their size that were trained alone as long, by more than a point (by the
@@ -85,7 +84,7 @@ plots.unmet(summary, f"Never met: random keys read {keyed}, dense {TRAINED} {den
 
 # %% tags=["hide-input"]
 summary["counts"] = summary.index.get_level_values("method").map(counted)
-columns = ["before", "ensemble", "after", "kept", "worst", "other", "renamed", "counts"]
+columns = ["before", "after", "kept", "worst", "other", "renamed", "counts"]
 of_task = {name: tables.table(summary.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
 of_task[FIRST].style.hide(axis="index").set_caption(f"On {tables.title(FIRST)}")
 
@@ -112,11 +111,12 @@ plots.why(
 )
 
 # %% tags=["hide-input"]
-split_table = tables.table(summary, ["loudness", "interference", "confidence"])
+split_table = tables.table(summary.droplevel("policy"), ["ensemble", "loudness", "interference"])
 split_table.style.hide(axis="index")
 
 # %% [markdown]
-# *Confidence* is the mean largest probability that the network of the other task gives; 10 % would be perfectly quiet.
+# The *ensemble of logits* runs both networks, each under its own statistics, and adds their logits: it is what a sum without
+# any interference between the weights would do.
 #
 # ## Every batch-norm policy
 #
