@@ -111,12 +111,13 @@ plots.why(
 )
 
 # %% tags=["hide-input"]
-split_table = tables.table(summary.droplevel("policy"), ["ensemble", "loudness", "interference"])
+split_table = tables.table(summary.droplevel("policy"), ["ensemble", "loudness", "interference", "confidence"])
 split_table.style.hide(axis="index")
 
 # %% [markdown]
 # The *ensemble of logits* runs both networks, each under its own statistics, and adds their logits: it is what a sum without
-# any interference between the weights would do.
+# any interference between the weights would do. *Confidence* is the mean largest probability that the network of the other
+# task gives; 10 % would be perfectly quiet.
 #
 # ## Every batch-norm policy
 #

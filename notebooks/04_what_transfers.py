@@ -86,11 +86,12 @@ curve_tables[FIRST].style.hide(axis="index").set_caption(f"Kept of {tables.title
 curve_tables[SECOND].style.hide(axis="index").set_caption(f"Kept of {tables.title(SECOND)} (%)")
 
 # %% [markdown]
-# The recipe alone, with the accuracy that is left, and the worst of all draws of all pairs. *Kept of the ensemble* tells
-# what is lost to shared channels and batch norm; the rest is lost to loud answers.
+# The recipe alone: the accuracy that is left (its interval is over seeds; beside it the standard error of the test images
+# for one pair), what is kept of the ensemble of the logits (the rest is lost to loud answers), the worst draw of all
+# draws of all pairs, and how much the draws of one pair differ (standard deviation).
 
 # %% tags=["hide-input"]
-recipe_table = tables.table(curves.loc[recipe], ["after", "kept_of_ensemble", "worst", "spread"])
+recipe_table = tables.table(curves.loc[recipe], ["after", "sampling", "kept_of_ensemble", "worst", "spread"])
 recipe_table.style.hide(axis="index")
 
 # %% [markdown]
