@@ -159,6 +159,8 @@ def summarize(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     seeds = rows.groupby([*by, "seed"], sort=False)
     groups = seeds.mean().groupby(list(by), sort=False)
     found = groups.agg({c: partial(interval, percent=c in _PERCENT) for c in rows}).assign(n=groups.size())
+    if "sampling" in rows:
+        found["sampling"] = groups["sampling"].mean()
     if "kept" in rows:
         kept = {"worst": seeds["kept"].min(), "spread": seeds["kept"].std()}
         found = found.assign(
