@@ -242,7 +242,22 @@ def publish(p: Params, folder: Path) -> None:
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
     page.publish([*_all_made(folder), *bench_files(folder)], folder, PUBLISHED, ROOT / "README.md")
+    _keep_networks(p)
     print(f"published: {PUBLISHED}, README.md")
+
+
+def _keep_networks(p: Params) -> None:
+    """Put two networks of the recipe, seed 0, into the published run: for anyone to load, add and test in a minute."""
+    from weightsum_lib.study import measure, runs
+
+    study = runs.Study(p)
+    for name in ("mnist", "svhn"):
+        config = measure.main_config(study, params.RANDOM, name, "cifar10", seed=0)
+        state = study.run(config).networks["main"].state_dict()
+        short = {k: v if "running" in k or not v.is_floating_point() else v.bfloat16() for k, v in state.items()}
+        card = {"made by": config.describe(), "arch": config.arch, "width": p.width * config.method.network_width}
+        card |= {"batch norm": "CenteredBatchNorm2d", "data": study.dataset(name).describe()}
+        store.write_tensors(PUBLISHED / "networks" / f"{name}.safetensors", short, card)
 
 
 def _all_made(folder: Path) -> list[Path]:
