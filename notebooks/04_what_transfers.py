@@ -53,10 +53,10 @@ plots.use_style()
 recipe, plainly = "the recipe", "networks trained plainly"
 lines = {
     recipe: measure.curve(study, [RANDOM], BOTH, SHARES),
-    "the recipe, equal room in all layers": measure.curve(study, [RANDOM], BOTH, SHARES[1:], (0,), draws=5),
-    plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=5),
-    "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policies=("summed",), draws=5),
-    "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policies=("union",), draws=5),
+    "the recipe, equal room in all layers": measure.curve(study, [RANDOM], BOTH, SHARES[1:], (0,), draws=3),
+    plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=3),
+    "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policies=("summed",), draws=3),
+    "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policies=("union",), draws=3),
 }
 Markdown(tables.data_notice(study.describe_data()))
 
