@@ -270,7 +270,7 @@ def kept_by_share(summary: pd.DataFrame, message: str) -> Figure:
         for i, (line, own) in enumerate(rows.groupby("line", sort=False)):
             own = own.droplevel("line").sort_index()
             mean, ends = _spread(own["kept"])
-            axes.errorbar(own.index, mean, ends, fmt=f"{_MARKERS[i]}-", ms=6, capsize=3, alpha=0.85, label=line)
+            axes.errorbar(own.index, mean, ends, fmt=f"{_MARKERS[i % 8]}-", ms=6, capsize=3, alpha=0.85, label=line)
         shares = rows.index.unique("share")
         axes.axhline(100, color="0.5", ls=":", lw=1, label="nothing is lost")
         axes.set(xscale="log", xlabel=f"share of the sum's channels that each network has, k\n{_n(rows, BARS)}")
@@ -308,8 +308,10 @@ def number_of_networks(rows: pd.DataFrame, message: str) -> Figure:
     means = means.groupby(["method", "share", "networks"], sort=False).mean()
     for i, ((method, share), own) in enumerate(means.groupby(["method", "share"], sort=False)):
         own = own.droplevel(["method", "share"])
-        axes.plot(own["kept"], f"{_MARKERS[i]}-", ms=6, label=f"{method}, k = {fraction(share)}")
-    axes.plot(own["of_ensemble"], "k--", lw=1, label=f"ensemble of the logits, {method}")
+        axes.plot(own["kept"], f"{_MARKERS[i % 8]}-", ms=6, label=f"{method}, k = {fraction(share)}")
+    for i, (method, own) in enumerate(means.groupby("method", sort=False)):
+        ensemble = own["of_ensemble"].groupby("networks").first()
+        axes.plot(ensemble, "k", ls=("--", ":")[i % 2], lw=1, label=f"{method}: ensemble of the logits")
     axes.axhline(100, color="0.5", ls=":", lw=1)
     axes.set(xlabel="networks in the sum, seed 0", ylabel="kept (%),\nmean of the tasks")
     axes.set_xticks(means.index.unique("networks"))
