@@ -132,9 +132,9 @@ def of_recipe(recipe: pd.Series, plainly: pd.Series, shares: tuple[float, float]
     (dense, sparse), (at_dense, at_sparse) = map(fraction, shares), (_of_each(recipe[share]) for share in shares)
     return (
         f"Trained by the recipe and added under random keys of {dense}, two networks that never met keep {at_dense}; "
-        f"under keys of {sparse}, {at_sparse}. Networks that were trained plainly keep {_of_each(plainly[shares[0]])} "
-        f"and {_of_each(plainly[shares[1]])}. Three networks under disjoint keys, none of which has met another, keep "
-        f"{_of_each(three)}."
+        f"under keys of {sparse}, {at_sparse}. Networks that were trained plainly keep {_of_each(plainly[shares[0]])}; "
+        f"under keys of {sparse}, {_of_each(plainly[shares[1]])}. Three networks under disjoint keys, none of which "
+        f"has met another, keep {_of_each(three)}."
     )
 
 

@@ -190,7 +190,7 @@ def room_table(room: pd.DataFrame) -> pd.DataFrame:
     """
     shared = room.assign(layer=room["layer"].str.rpartition(".")[2] + " (" + room["channels"].astype(str) + ")")
     shared = shared.pivot(index="share", columns="layer", values="shared")[shared["layer"].unique()]
-    shown = shared.sort_index(ascending=False).map("{:.2g}".format).reset_index()
+    shown = shared.sort_index(ascending=False).map("{:.3g}".format).reset_index()
     used = room.groupby("share", sort=False)["used"].first().sort_index(ascending=False)
     shown["share"] = [fraction(k) for k in used.index]
     megabytes = [f"{bytes_ / 2**20:.1f}" for bytes_ in used]
