@@ -280,7 +280,7 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
     assert run.main(["publish", *SMOKE]) == 2
     assert "commit" in capsys.readouterr().err  # the copy is no checkout
     with monkeypatch.context() as changed:
-        changed.setattr(params, "CLAIMS", house.path / "README.md")
+        changed.setattr(params, "CLAIMS", params.PARAMS_DIR / "recipes.yaml")
         assert run.main(["publish", *SMOKE]) == 2
     assert "claims.yaml was changed after the run" in capsys.readouterr().err
     assert run.main(["publish", *SMOKE, "--seeds", "2"]) == 2
