@@ -20,10 +20,10 @@ def told():
     loader = DataLoader(TensorDataset(images, labels), batch_size=4)
     names = {"loader_a": loader, "loader_b": loader, "images_a": images, "images_b": images.flip(3)}
     blocks = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for number, block in enumerate(blocks):
         exec(compile(block, f"README.md, block {number}", "exec"), names)
-        if number == 1:  # the last block trains them on
+        if number == 2:  # the last block trains them on
             names["untouched"] = copy.deepcopy((names["network_a"], names["network_b"]))
     return names
 
@@ -58,3 +58,10 @@ def test_the_layout_names_every_module():
     assert {path.stem for path in package.rglob("*.py")} - {"__init__"} <= words
     assert {path.stem for path in (package.parent / "notebooks").glob("*.py")} <= words
     assert {path.name for path in (package.parent / "params").glob("*.yaml")} <= set(re.findall(r"\w+\.yaml", layout))
+
+
+@torch.no_grad()
+def test_the_published_networks_are_added_and_still_read_digits(told):
+    """Without data or training: the sum reads as many digits, give or take one, as its MNIST network alone."""
+    alone = (told["pair"][0](told["digits"]).argmax(1) == told["labels"]).sum()
+    assert abs(int(told["read"]) - int(alone)) <= 1 and told["read"] >= 12
