@@ -74,8 +74,8 @@ def test_an_interval_is_students_t_and_of_a_percentage_on_the_logit_scale():
 
 def test_an_interval_is_written_with_a_true_minus_and_spaces_that_do_not_break():
     assert f"{interval([-97.24])}" == str(interval([-97.24])) == "−97.2"
-    assert f"{Interval(98.66, 98.0, 99.04, 3)}" == f"98.7{NBSP}(98.0{NBSP}to{NBSP}99.0)"
-    assert f"{Interval(-0.001, -0.004, 0.1, 3):.2f}" == f"0.00{NBSP}(0.00{NBSP}to{NBSP}0.10)"
+    assert f"{Interval(98.66, 98.0, 99.04, 3)}" == f"98.7 (98.0{NBSP}to{NBSP}99.0)"
+    assert f"{Interval(-0.001, -0.004, 0.1, 3):.2f}" == f"0.00 (0.00{NBSP}to{NBSP}0.10)"
     assert (
         Interval(1.0, 0.0, 3.0, 2).negated() == (-1.0, -3.0, 0.0, 2)
         and Interval(1.0, None, None, 1).negated().mean == -1
@@ -330,7 +330,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
         ["trained to be added", "98.0 → 97.5", "keeps the skill"],
     ]
     claims = {row[0]: row[1:] for row in made["claims"]["rows"]}
-    ends = f"0.05{NBSP}(0.02{NBSP}to{NBSP}0.08)"
+    ends = f"0.05 (0.02{NBSP}to{NBSP}0.08)"
     assert claims["Task 1 (joint ce), gap on MNIST"] == ["≤ 0.1", ends, "3", "reached"]
     assert claims["Task 2 (joint ce), gap on SVHN"] == ["≤ 1", "–", "–", "undecided"]
     assert made["data"]["rows"] == [["MNIST", "real: exact", "9", "1", "5", "ab…"]]

@@ -68,7 +68,7 @@ def write_headline(folder: Path, target: Path) -> None:
 
 def _answer(rows: pd.DataFrame) -> pd.DataFrame:
     """The headline in a line a way of training: accuracy before and after the sum, and what that makes of the skill."""
-    ends = [f"{before} → {after}" for before, after in zip(rows["before"], rows["after"], strict=True)]
+    ends = [f"{a.mean:.1f} → {b.mean:.1f}" for a, b in zip(rows["before"], rows["after"], strict=True)]
     rows, lines = rows.assign(tested=rows["task"].str.partition(": ")[2], ends=ends), []
     for networks, tasks, method in _ANSWERS:
         found = rows[(rows["method"] == method) & rows["task"].str.startswith(tasks)].set_index("tested")

@@ -44,6 +44,9 @@ HEADINGS = {  # of levels and columns; what is not here is written as it is call
 }
 
 
+_TO = "\N{NO-BREAK SPACE}to\N{NO-BREAK SPACE}"  # a line breaks before an interval, not inside it
+
+
 class Interval(NamedTuple):
     """A mean over ``n`` seeds, and the ends of its 95 % interval; None with one seed.
 
@@ -59,7 +62,7 @@ class Interval(NamedTuple):
     def __format__(self, digits: str) -> str:
         numbers = [self.mean] if self.low is None else self[:3]
         mean, *ends = (format(number, f"z{digits or '.1f'}").replace("-", "−") for number in numbers)
-        return f"{mean} ({' to '.join(ends)})".replace(" ", "\N{NO-BREAK SPACE}") if ends else mean
+        return f"{mean} ({_TO.join(ends)})" if ends else mean
 
     def __str__(self) -> str:
         return format(self)
