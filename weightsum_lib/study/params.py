@@ -122,6 +122,7 @@ class Params:
     plane_points: int = _knob("points along a plane's axis", (lambda v: v in range(4, 99, 3), "4, 7, 10, … or 97"))
     seeds: int = _knob("seeds 0, 1, … of each method", _from(1, 1000))
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
+    draws: int = _knob("draws of random keys", _from(1, 1000))
     ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _from(0, 1000))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
