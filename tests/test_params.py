@@ -121,7 +121,7 @@ def test_a_training_run_depends_on_what_its_protocol_uses():
     alone = Method("independent", label_smoothing=0.1, centered_scale=True, start="shared", network_width=0.25)
     assert Method("independent", **changed).trained() == alone
     assert Method("sequential", **changed).trained() == Method("sequential")
-    assert Method("joint", **changed).trained() == Method("joint", **changed | {"seeds": 1000, "start": "random"})
+    assert Method("joint", **changed).trained() == Method("joint", **changed | {"seeds": 1000})
 
 
 def test_a_row_is_held_against_networks_of_its_own_size():
@@ -192,7 +192,8 @@ def test_a_row_is_held_against_networks_of_its_own_size():
         ({"parts": {"x": {**KEYED, "keys": "random", "owner_statistics": True}}}, r"'owner_statistics' wants disjoint"),
         ({"parts": {"x": {"protocol": "joint", "symmetric_to": "main"}}}, r"'symmetric_to' wants 'symmetric: true'"),
         ({"parts": {"x": {"protocol": "joint", "permuted_main": True}}}, r"'permuted_main' wants a 'permuted_support'"),
-        ({"parts": {"x": {"protocol": "joint", "start": "shared"}}}, r"only protocol 'independent' has 'start'"),
+        ({"parts": {"x": {"protocol": "sequential", "start": "shared"}}}, r"only protocol 'independent' or 'joint' has"),
+        ({"parts": {"x": {"protocol": "independent", "pruned": True}}}, r"only protocol 'joint' has 'pruned'"),
         ({"parts": {"x": {"protocol": "sequential", "keys": "random"}}}, r"only protocol 'independent' or 'joint' has"),
         ({"parts": {"x": {"protocol": "joint", "quiet": -1.0}}}, r"method 'x': 'quiet' .* must be from 0 to 1000"),
         ({"width": 1 / 32}, r"the widths are out of bounds: each network's ≥ 1/64|in whole channels of 64 × width"),

@@ -80,6 +80,7 @@ class Method:
     quiet_also: str = _knob("on what images of no task, too", _one_of(*_NO_TASK), "nothing")
     label_smoothing: float = _knob("share of a target spread over all classes", _SHARE, 0.0, _ALONE_OR_JOINT)
     equal_norms: bool = _knob("both networks' layers are held at equal norms", _ANY, False)
+    pruned: bool = _knob("all but the largest tenth of each hidden layer's weights are zero", _ANY, False)
     keys: str = _knob("a network's channels", _one_of("none", "random", "disjoint"), "none", _ALONE_OR_JOINT, _JOINT)
     network_width: float = _knob("factor on the width of each network", _above(0, 64), 1.0, _ALONE_OR_JOINT)
     sum_width: float = _knob("factor on the width of their sum", _above(0, 64), 1.0, _ALONE_OR_JOINT, _JOINT)
@@ -87,7 +88,7 @@ class Method:
     permuted_main: bool = _knob("in those steps the main network lies elsewhere too", _ANY, False)
     owner_statistics: bool = _knob("in the sum each channel has its owner's batch-norm statistics", _ANY, False)
     centered_scale: bool = _knob("batch norm stores its scale's deviation from 1", _ANY, False, _ALONE_OR_JOINT)
-    start: str = _knob("where networks start", _one_of("random", "shared"), "random", ("independent",))
+    start: str = _knob("where networks start", _one_of("random", "shared"), "random", _ALONE_OR_JOINT)
     seeds: int = _knob("at most so many seeds", _from(1, 1000), 1000, _ALL, ())
 
     def trained(self) -> "Method":
