@@ -210,6 +210,30 @@ def test_zipit_merges_within_a_network_where_it_may():
     assert merged[0].weight.tolist() == [[2, 0], [0, 3]] and merged[2].weight.tolist() == [[11, 1100]]
 
 
+def groups(like, **options):
+    """Which channels are merged, those of the first network being 0, 1, …, where some pairs are alike."""
+    n = 1 + max(max(pair) for pair in like)
+    matrix = torch.zeros(n, n)
+    for (i, j), value in like.items():
+        matrix[i, j] = matrix[j, i] = value
+    merged = merging.zipped(matrix, **options)
+    torch.testing.assert_close(merged.sum(1), torch.ones(n // 2))
+    return {tuple(row.nonzero().flatten().tolist()) for row in merged}
+
+
+def test_what_zipit_has_merged_is_merged_again_as_alpha_says():
+    like = {(0, 2): 0.9, (0, 3): 0.8, (2, 3): 0.7, (1, 3): 0.3}
+    assert groups(like) == {(0, 2), (1, 3)}
+    assert groups(like, alpha=1.0) == {(0, 2, 3), (1,)}  # 0.7, the least, is more than 0.3
+    assert groups(like | {(2, 3): 0.2}, alpha=1.0) == {(0, 2), (1, 3)}
+
+
+def test_zipit_merges_no_more_within_a_network_than_beta_says():
+    like = {(0, 1): 0.99, (2, 3): 0.98, (2, 4): 0.5, (3, 5): 0.4, (4, 5): 0.35, (6, 7): 0.3}
+    assert groups(like) == {(0, 1), (2, 4), (3, 5), (6, 7)}
+    assert groups(like, beta=1.0) == {(0, 1), (2, 3), (4, 5), (6, 7)}
+
+
 def test_channels_that_never_change_are_alike():
     a = small([[1, 0], [-1, 0]], [1, 1])
     x = torch.tensor([[1.0, 0], [2, 0], [4, 0]], dtype=torch.float64)
