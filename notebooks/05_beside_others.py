@@ -42,10 +42,10 @@ frame = beside.frame(study)
 Markdown(tables.data_notice(study.describe_data()))
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved and each architecture; the dashed line is the best ensemble. The table below holds the numbers."}}
-rows = frame.rename(columns={"network": "way", "method": "networks", "accuracy": "after"})
-rows["tested"] = rows["tested"].str.partition(" ")[2].replace("", ALL)
-rows = rows.set_index(["task", "way", "networks", "tested", "seed"])[["after", "weights"]]
-summary = tables.summarize(rows, ["task", "way", "networks", "tested"])
+found = frame.rename(columns={"network": "way", "method": "networks", "accuracy": "after"})
+found["tested"] = found["tested"].str.partition(" ")[2].replace("", ALL)
+found = found.set_index(["task", "way", "networks", "tested", "seed"])[["after", "weights"]]
+summary = tables.summarize(found, ["task", "way", "networks", "tested"])
 of_all = summary.xs(ALL, level="tested").loc[p.halves]
 after, way = of_all["after"], of_all.index.get_level_values("way")
 keyed = after[p.halves[0], "sum under disjoint keys", f"{DISJOINT}, unseen"]
