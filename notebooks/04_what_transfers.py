@@ -128,7 +128,8 @@ plots.lost_by_layer(by_layer, f"The sum loses most to collisions in {worst_layer
 # uses too.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum keeps, in percent, against the share of the network's channels that the other network uses too, a point for each draw of the keys, with room by layer and with equal room in all layers."}}
-of_draws = wide.loc[wide.index.get_level_values("share") == HEADLINE].loc[[recipe, equal_room]]
+of_draws = wide.xs(HEADLINE, level="share")
+of_draws = of_draws[of_draws.index.get_level_values("line").isin([recipe, equal_room])]
 ranked = of_draws.groupby("tested")[["shared", "kept"]].corr("spearman")["kept"].xs("shared", level=1)
 plots.by_draw(
     of_draws,
@@ -174,10 +175,10 @@ PAIR = [FIRST, SECOND]
 NEITHER = (SUPPORT, f"{FIRST} inverted", "main")  # task, the partner's task in training, role there
 FURTHER = [f"{SECOND} inverted", f"{FIRST} turned", f"{SECOND} turned", f"{FIRST} inverted"]
 JOINING = [*PAIR, NEITHER, *FURTHER, (f"{SUPPORT} inverted", f"{FIRST} inverted", "main")]
-COUNTS = (2, 4, 8) if p.parts else (2, 3)
+COUNTS = (2, 4, 8) if p.choice_seeds else (2, 3)
 grown = [
     measure.curve(study, [m], JOINING[:count], SHARES[1:], draws=3, seeds=seeds).assign(networks=count)
-    for m, seeds in ((RANDOM, p.seeds_of(RANDOM)[:3]), (DISJOINT, p.seeds_of(DISJOINT)[:1]))
+    for m, seeds in ((RANDOM, p.seeds_of(RANDOM)[: max(1, p.choice_seeds)]), (DISJOINT, p.seeds_of(DISJOINT)[:1]))
     for count in COUNTS
 ]
 growing = tables.wide(pd.concat(grown))
