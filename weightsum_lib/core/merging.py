@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -63,27 +64,20 @@ def weight_matching(a: nn.Module, b: nn.Module, channels: Channels, seed: int = 
 
     def similarity(group: str) -> Tensor:
         """Inner products of each channel of a with each of b, all other groups as they are ordered now."""
-        places = {g: o.argsort() for g, o in order.items()} | {group: torch.arange(len(order[group]))}
-        total = torch.zeros(len(order[group]), len(order[group]), dtype=torch.float64)
-        for name in of_b:
-            for axis, its, _ in channels.axes[name]:
-                if its == group:
-                    # the group's own other axis, where it has two, is as it is ordered now
-                    others = Channels({name: tuple(e for e in channels.axes[name] if e[0] != axis)}, channels.sizes)
-                    now = places | {group: order[group].argsort()}
-                    moved = embed({name: of_b[name]}, Key(others, now, channels.sizes))[name]
-                    rows = [w.movedim(axis, 0).reshape(len(order[group]), -1) for w in (of_a[name], moved)]
-                    total += (rows[0] @ rows[1].T).cpu()
+        now = Key(channels, {g: taken.argsort() for g, taken in order.items()}, channels.sizes)
+        total = torch.zeros(channels.sizes[group], channels.sizes[group], dtype=torch.float64)
+        for name, axis in [(n, axis) for n in of_b for axis, its, _ in channels.axes[n] if its == group]:
+            moved = embed({name: of_b[name]}, now)[name]
+            rows = [w.movedim(axis, 0).reshape(len(total), -1) for w in (of_a[name], moved)]
+            total += (rows[0] @ rows[1][now.positions[group]].T).cpu()  # this axis back in the order of b
         return total
 
     for _ in range(sweeps):
-        changed = False
+        before = dict(order)
         for i in torch.randperm(len(order), generator=generator).tolist():
             group = list(order)[i]
-            found = torch.from_numpy(linear_sum_assignment(similarity(group).numpy(), maximize=True)[1])
-            changed |= not torch.equal(found, order[group])
-            order[group] = found
-        if not changed:
+            order[group] = torch.from_numpy(linear_sum_assignment(similarity(group).numpy(), maximize=True)[1])
+        if all(torch.equal(taken, before[group]) for group, taken in order.items()):
             break
     return widen(b, Key(channels, {group: taken.argsort() for group, taken in order.items()}, channels.sizes))
 
@@ -125,32 +119,26 @@ def regmean(networks: Sequence[nn.Module], inputs: Sequence[Tensor], shrink: flo
 
 def _gram_matrices(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Layer to the Gram matrix of its inputs, float64 (inputs, inputs)."""
+    names = {m: n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     grams: dict[str, Tensor] = {}
 
-    def record(name):
-        def hook(layer, inputs):
-            rows = inputs[0].float()
-            if isinstance(layer, nn.Conv2d):
-                rows = nn.functional.unfold(rows, layer.kernel_size, padding=layer.padding, stride=layer.stride)
-                rows = rows.movedim(1, -1)
-            rows = rows.flatten(0, -2)
-            grams[name] = grams.get(name, 0) + (rows.T @ rows).double()
-
-        return hook
-
-    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for name, layer in layers:
+    def record(layer, inputs):
+        rows = inputs[0].float()
         if isinstance(layer, nn.Conv2d):
-            special = layer.groups > 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros"
-            if special or isinstance(layer.padding, str):
-                raise ValueError(f"RegMean here takes plain convolutions with padding by numbers, '{name}' is {layer}")
-    hooks = [m.register_forward_pre_hook(record(n)) for n, m in layers]
-    try:
+            rows = nn.functional.unfold(rows, layer.kernel_size, padding=layer.padding, stride=layer.stride)
+            rows = rows.movedim(1, -1)
+        rows = rows.flatten(0, -2)
+        grams[names[layer]] = grams.get(names[layer], 0) + (rows.T @ rows).double()
+
+    with ExitStack() as hooks:
+        for layer, name in names.items():
+            if isinstance(layer, nn.Conv2d):
+                kind = (layer.groups, layer.dilation, layer.padding_mode, type(layer.padding))
+                if kind != (1, (1, 1), "zeros", tuple):
+                    raise ValueError(f"RegMean here takes plain convolutions, padded by numbers; '{name}' is {layer}")
+            hooks.enter_context(layer.register_forward_pre_hook(record))
         for part in x.split(100):
             network(part)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return grams
 
 
