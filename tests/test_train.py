@@ -44,7 +44,7 @@ class _Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("change", [{}, {"symmetric": True, "quiet": 1.0, "equal_norms": True}])
+@pytest.mark.parametrize("change", [{}, {"symmetric": True, "quiet": 1.0, "equal_norms": True, "pruned": True}])
 def test_the_host_waits_for_the_device_once_an_epoch_not_once_a_step(datasets, change):
     counts = []
     for steps in (1, 3):
@@ -145,6 +145,14 @@ def test_equal_norms_are_equal(datasets):
     run = train(having(PAIR, equal_norms=True, epochs=1), datasets)
     for row in compare_layers(run.networks["main"], run.networks["support"]):
         assert row["norm_ratio"] == pytest.approx(1, abs=1e-4)
+
+
+def test_pruned_networks_hold_the_largest_tenth_of_each_hidden_layer(datasets):
+    run = train(having(PAIR, pruned=True, epochs=1), datasets)
+    for network in run.networks.values():
+        *hidden, last = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+        assert [int(w.count_nonzero()) for w in hidden] == [max(1, int(0.1 * w.numel())) for w in hidden]
+        assert last.count_nonzero() == last.numel()
 
 
 @pytest.mark.parametrize("kind", ["noise", "patches", "blends", "any"])

@@ -77,7 +77,7 @@ def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     for case in cases:
         compute = partial(accuracies, study, case.what, case.policy, case.tested, case.split)
         settings = {k: getattr(case, k) for k in ("policy", "tested", "split")}
-        found = _measured(study, compute, case.what, case.tested, **settings)
+        found = measured(study, compute, case.what, case.tested, **settings)
         about = {k: v for k, v in vars(case).items() if k not in ("what", "tested")}
         about |= {"share": case.what.share, "narrow": case.what.narrow, "draw": case.what.draw}
         shared = case.what.shared()
@@ -89,7 +89,7 @@ def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _measured(study: Study, compute: partial, what: Sum, names: Sequence[str], **settings):
+def measured(study: Study, compute: partial, what: Sum, names: Sequence[str], **settings):
     """A measurement of one description, from the cache where the same has been measured."""
     about = {k: v for k, v in asdict(what).items() if k != "members"} | {"roles": [m.role for m in what.members]}
     names = sorted({*names, *what.tasks})
@@ -365,7 +365,7 @@ def plane(study: Study, method: str, first: str, second: str, strangers: bool = 
         ``coefficients`` (n,), and for each dataset name an n × n list, rows α, columns β, in percent.
     """
     points, what = study.params.plane_points, _pair(study, method, first, second, strangers, seed)
-    return _measured(study, partial(_plane, study, what, points), what, what.tasks, points=points)
+    return measured(study, partial(_plane, study, what, points), what, what.tasks, points=points)
 
 
 def _plane(study: Study, what: Sum, points: int) -> dict:
@@ -400,7 +400,7 @@ def explained(
     """
     what = _pair(study, method, first, second, strangers, seed)
     policy = headline_policy(study.params, method) if strangers else "per_task"
-    rows = _measured(study, partial(_explained, study, what, policy), what, what.tasks, policy=policy)
+    rows = measured(study, partial(_explained, study, what, policy), what, what.tasks, policy=policy)
     return pd.DataFrame(rows).assign(method=method)
 
 

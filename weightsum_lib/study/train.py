@@ -27,6 +27,7 @@ _FLIPPED = ("cifar10",)  # digits are never mirrored
 _MAX_GRADIENT = 5.0  # L2 norm to which the gradient is clipped: early steps of a sum can be wild
 _CALIBRATION = 500  # training images that set the batch-norm statistics of a sum before it is validated
 _WARMUP = 0.2  # share of the steps in which the learning rate grows
+_UNPRUNED = 0.1  # of the weights of a layer that is pruned
 
 
 @dataclass
@@ -157,6 +158,16 @@ def after_equal_norms(networks: Mapping[str, nn.Module]) -> None:
             norms = [module.weight.norm() for module in layer]
             for module, norm in zip(layer, norms, strict=True):
                 module.weight *= sum(norms) / len(norms) / norm
+
+
+@torch.no_grad()
+def after_pruned(networks: Mapping[str, nn.Module]) -> None:
+    """Magnitude pruning: of each hidden layer's weights only the largest tenth is not zero; any may come back."""
+    for network in networks.values():
+        *hidden, _ = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        for weight in hidden:
+            size = weight.abs()
+            weight *= size >= size.flatten().kthvalue(weight.numel() - int(_UNPRUNED * weight.numel()) + 1).values
 
 
 def hooks(method: Method) -> dict[str, list[Callable]]:
