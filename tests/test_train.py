@@ -335,3 +335,18 @@ def test_digits_are_never_mirrored(datasets, images, name, mirrored):
     dataset = replace(datasets["mnist"], name=name, train_images=left.expand(96, -1, -1, -1))
     x, _ = next(train_module.batches(replace(ALONE, main=name, batch_size=64), "main", dataset, 0, 1))
     assert (x[..., 24:].mean((1, 2, 3)) > x[..., :8].mean((1, 2, 3))).any() == mirrored
+
+
+@pytest.mark.parametrize("damage", ["empty", "another run's", "one bit"])
+def test_a_checkpoint_that_is_damaged_or_another_runs_counts_as_absent(datasets, tmp_path, damage):
+    own, other = (tmp_path / name / "checkpoint.safetensors" for name in ("own", "other"))
+    config, seen = having(ALONE, epochs=1, epoch_images=32), []
+    train(config, datasets, checkpoint=own)
+    train(config, datasets, checkpoint=own, on_epoch=seen.append)
+    assert seen == []  # it is whole: nothing is left to train
+    train(having(config, seed=1), datasets, checkpoint=other)
+    content = bytearray(own.read_bytes())
+    content[-1] ^= 1
+    own.write_bytes({"empty": b"", "another run's": other.read_bytes(), "one bit": content}[damage])
+    train(config, datasets, checkpoint=own, on_epoch=seen.append)
+    assert [row["epoch"] for row in seen] == [1]

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from weightsum_lib.core.keys import Channels, Key, tensors_of, widen
+from weightsum_lib.core.keys import Channels, Key, tensors_in, tensors_of, widen
 
 # A label (node, each) of a dimension: it runs over the node's channels and has so many entries for each of them. A
 # node is an axis of a parameter or buffer, by name. Three have no name and are not hidden: of dimensions with an order
@@ -49,7 +48,7 @@ def hidden_channels(network: nn.Module, example: Tensor) -> Channels:
     trace = _Trace(copied, x)
     with torch.no_grad(), trace:
         output = copied(x)
-    outputs = [label for tensor in _tensors(output) for label in trace.of(tensor)]
+    outputs = [label for tensor in tensors_in(output) for label in trace.of(tensor)]
     inner = {trace.find(label)[0] for label in trace.summed}
     outputs += [label for label, *_ in trace.refused[trace.settled :] if trace.find(label)[0] not in inner]
     ends = [trace.find(label)[0] for label in (_FIXED, _CONSTANT, _UNKNOWN, *outputs)]
@@ -89,7 +88,7 @@ def prove(network: nn.Module, channels: Channels, example: Tensor) -> None:
         ValueError: the output is another; the group is named.
     """
     network, x = _randomized(network, example)
-    before, generator = _tensors(network(x)), torch.Generator().manual_seed(1)
+    before, generator = tensors_in(network(x)), torch.Generator().manual_seed(1)
     if not all(t.isfinite().all() for t in before) or not any(t.any() for t in before):
         raise ValueError("with random weights the network's output is zero or not finite, which proves nothing")
     for group, size in channels.sizes.items():
@@ -99,7 +98,7 @@ def prove(network: nn.Module, channels: Channels, example: Tensor) -> None:
         places = places if (places.diff() < 0).any() else places.flip(0)  # never in order
         try:
             network = widen(network, Key(Channels(own, {group: size}), {group: places}, {group: more}))
-            pairs = zip(_tensors(network(x)), before, strict=True)
+            pairs = zip(tensors_in(network(x)), before, strict=True)
             if not all(torch.allclose(after, t, rtol=0, atol=1e-10 * t.abs().max()) for after, t in pairs):
                 raise ValueError("the output is another; are they mixed, counted or told apart?")
         except Exception as error:  # whatever a network of other sizes may raise
@@ -121,10 +120,6 @@ def _randomized(network: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]
         span = (-bound, bound) if isinstance(tensor, nn.Parameter) else (0.5, 1.5)
         tensor.data.uniform_(*span, generator=generator)
     return network, torch.randn(example.shape, generator=generator, dtype=torch.float64)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _Trace(TorchDispatchMode):
@@ -184,7 +179,7 @@ class _Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Compute, and label the results."""
         out = func(*args, **(kwargs or {}))
-        operands, results = _tensors((args, kwargs)), _tensors(out)
+        operands, results = tensors_in((args, kwargs)), tensors_in(out)
         weights = [t for t in operands if id(t) in self.weights]
         self.operation = func.overloadpacket.__name__
         for t in [t for t in weights if t not in self.labels]:
@@ -256,7 +251,7 @@ class _Trace(TorchDispatchMode):
             if self.find(label) == _FIXED:
                 continue
             numbers = torch.arange(n).view(-1, *[1] * (x.ndim - d - 1)).expand(x.shape).contiguous()
-            for t, its in zip(_tensors(func(numbers, *options)), after, strict=True):
+            for t, its in zip(tensors_in(func(numbers, *options)), after, strict=True):
                 along = [e for e, m in enumerate(t.shape) if m == n == 1 or (t != t.narrow(e, 0, 1)).any()]
                 m = t.shape[along[0]] if along else 0
                 if m and m % n == 0 and (t.movedim(along[0], -1) == torch.arange(m) * n // m).all():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from weightsum_lib.core.models import memory_format
 
@@ -192,6 +193,11 @@ def embed(state: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
             zeros = zeros.contiguous(memory_format=memory_format(key.sizes.values()))
         wide[name] = zeros.index_put(torch.meshgrid(index, indexing="ij"), tensor)
     return wide
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """The tensors in nested tuples, lists and mappings, in order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def tensors_of(network: nn.Module, every_name: bool = False) -> dict[str, Tensor]:
