@@ -64,8 +64,7 @@ def _cases(study: Study, halved: str, row: str, seed: int) -> Iterator[list[Case
         if m.keys != "none":
             total, policy = keyed(study, row, pair, SHARE, narrow=NARROW), measure.headline_policy(p, row)
             for number in range(p.draws if m.keys == "random" else 1):
-                what = replace(total, draw=number)
-                yield [case(f"sum under {m.keys} keys", what, policy, (dataset, *halves))]
+                yield [case(f"sum under {m.keys} keys", replace(total, draw=number), policy, (dataset, *halves))]
 
 
 def _with_arch(member: Member, arch: str) -> Member:
@@ -92,7 +91,8 @@ def frame(study: Study) -> pd.DataFrame:
     ]
     study.train_all([member.config for candidates in cases for case in candidates for member in case.what.members])
     chosen = [_chosen(study, candidates) for candidates in cases]
-    found = pd.concat([measure.frame(study, [case]).assign(weights=_weights(study, case.what)) for case in chosen])
+    of_each = [measure.measured(study, partial(_weights, study, case.what), case.what, ()) for case in chosen]
+    found = pd.concat([measure.frame(study, [case]).assign(weights=n) for case, n in zip(chosen, of_each, strict=True)])
     told = found[found["network"] == SIGNS]
     told = told.groupby(["task", "method", "seed", "network"], as_index=False)[["accuracy", "weights"]].mean()
     found = pd.concat([told.assign(tested=told["task"].str.partition(" ")[0]), found])
@@ -108,10 +108,6 @@ def _chosen(study: Study, candidates: list[Case]) -> Case:
 
 
 def _weights(study: Study, what: Sum) -> float:
-    return measure.measured(study, partial(_count, study, what), what, ())
-
-
-def _count(study: Study, what: Sum) -> float:
     network, one = made(study, what), study.run(what.members[0].config).networks[what.members[0].role]
     network = network.materialize() if isinstance(network, WeightSum) else network
     nonzero, of_one = (sum(int(p.count_nonzero()) for p in n.parameters()) for n in (network, one))
