@@ -56,7 +56,8 @@ plots.merged(
     OURS,
     {beside.PUBLISHED_NETWORK: beside.PUBLISHED},
     f"{tables.title(p.halves[0])}: under disjoint keys, the other half unseen, the sum reads "
-    f"{after[(p.halves[0], *SUM)]} % of all ten classes; of the others {best[0]} ({best[1]}) reads most, {of_others[best]} %",
+    f"{after[(p.halves[0], *SUM)]} % of all ten classes; of the others {best[0]} ({best[1]}) reads most, "
+    f"{of_others[best]} %",
 )
 
 # %% [markdown]
@@ -93,9 +94,8 @@ for halved in p.halves:
     finding += f"{tables.title(halved)}: the sum reads {after[(halved, *SUM)]} % of all ten classes"
     for other, least in TARGETS.items():
         points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
-        finding += (
-            f"; {points} points more than {' of '.join(other)} (target {least:+d}: {findings.judge(points, least)})"
-        )
+        target = f"target at least {least:+d}: {findings.judge(points, least)}".replace("-", "−")
+        finding += f"; its difference to {' of '.join(other)} is {points} points ({target})"
     finding += ". "
 intervals = {".".join(map(params.slug, at)): cell for at, cell in after.items()}
 tables.save(NOTEBOOK, study, {"finding": finding}, {"merged": table}, intervals=intervals)
