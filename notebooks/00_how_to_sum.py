@@ -222,8 +222,9 @@ max((difference[k] - v).abs().max().item() for k, v in theta_c.named_parameters(
 # [beside others](05_beside_others).
 #
 # **Several skills in one set of weights.** *Superposition of many models into one*, Cheung et al. 2019
-# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, from which a key retrieves one. PackNet,
-# Mallya & Lazebnik 2018 ([1711.05769](https://arxiv.org/abs/1711.05769)); *Supermasks in superposition*, Wortsman et al. 2020
+# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, from which a key retrieves one; of differences
+# from one start, RanDeS, Zhou et al. 2025 ([2505.11204](https://arxiv.org/abs/2505.11204)). PackNet, Mallya & Lazebnik 2018
+# ([1711.05769](https://arxiv.org/abs/1711.05769)); *Supermasks in superposition*, Wortsman et al. 2020
 # ([2006.14769](https://arxiv.org/abs/2006.14769)).
 #
 # **Surviving a change of weights.** Flat minima by training against perturbed weights: SAM, Foret et al. 2021
