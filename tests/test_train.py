@@ -147,14 +147,30 @@ def test_equal_norms_are_equal(datasets):
         assert row["norm_ratio"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["noise", "patches", "blends", "any"])
+def test_images_of_no_task(kind):
+    x, y = torch.randn(6, 3, 32, 32), torch.randn(6, 3, 32, 32)
+    made = [train_module.of_no_task(kind, x, y) for _ in range(2)]
+    assert made[0].shape == x.shape and not torch.equal(*made)
+    if kind == "patches":  # the same pixels of each image, half of them from either task
+        for got, whole in zip(made[0], [*x[:3], *y[3:]], strict=True):
+            assert torch.equal(got.flatten().sort().values, whole.flatten().sort().values)
+            assert not torch.equal(got, whole)
+    if kind == "blends":
+        share = (made[0] - x) / (y - x)
+        assert share.min() > 0.29 and share.max() < 0.71 and share.flatten(1).std(1).max() < 1e-3
+
+
 def test_quietness_is_learned(datasets):
     config = having(PAIR, third="none", epochs=6)
-    loud, quiet = (train(having(config, quiet=q), datasets).networks["main"] for q in (0.0, 3.0))
+    ways = ({}, {"quiet": 3.0}, {"quiet": 3.0, "quiet_also": "noise"})
+    networks = [train(having(config, **way), datasets).networks["main"] for way in ways]
     x = normalize(datasets["cifar10"].val_images)
-    loudness = [train_module._uniformity(n(x)).item() for n in (loud, quiet)]
-    assert loudness[1] < 0.5 * loudness[0] and train_module._uniformity(torch.zeros(2, 10)) == pytest.approx(
-        0, abs=1e-6
-    )
+    loudness = [train_module._uniformity(n(x)).item() for n in networks]
+    assert loudness[1] < 0.5 * loudness[0] and train_module._uniformity(torch.zeros(2, 10)).abs() < 1e-6
+    noise = train_module.of_no_task("noise", x, x)
+    loudness = [train_module._uniformity(n(noise)).item() for n in networks]
+    assert loudness[2] < 0.5 * min(loudness[:2])
 
 
 def test_the_symmetric_term_for_main_only_teaches_the_support_network_nothing(datasets, monkeypatch):

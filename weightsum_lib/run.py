@@ -252,7 +252,7 @@ def _keep_networks(p: Params) -> None:
 
     study = runs.Study(p)
     for name in ("mnist", "svhn"):
-        config = measure.main_config(study, params.RANDOM, name, "cifar10", seed=0)
+        config = measure.members(study, params.RANDOM, [name], 0)[0].config
         state = study.run(config).networks["main"].state_dict()
         short = {k: v if "running" in k or not v.is_floating_point() else v.bfloat16() for k, v in state.items()}
         card = {"made by": config.describe(), "arch": config.arch, "width": p.width * config.method.network_width}

@@ -51,6 +51,7 @@ def _is_inside(folder: str) -> bool:
 
 _ALL, _ALONE_OR_JOINT, _JOINT = ("independent", "sequential", "joint"), ("independent", "joint"), ("joint",)
 _THIRDS = ("none", "ce", "signed_gap", "loss_gap", "distill", "logit_difference")
+_NO_TASK = ("nothing", "noise", "patches", "blends", "any")
 _ANY, _SHARE = (lambda value: True, ""), _from(0, 1)
 
 
@@ -76,6 +77,7 @@ class Method:
     symmetric: bool = _knob("the sum must keep the support task too", _ANY, False)
     symmetric_to: str = _knob("whom that term teaches", _one_of("both", "main"), "both")
     quiet: float = _knob("factor on how loudly each network answers the other's images", _from(0, 1000), 0.0)
+    quiet_also: str = _knob("on what images of no task, too", _one_of(*_NO_TASK), "nothing")
     label_smoothing: float = _knob("share of a target spread over all classes", _SHARE, 0.0, _ALONE_OR_JOINT)
     equal_norms: bool = _knob("both networks' layers are held at equal norms", _ANY, False)
     keys: str = _knob("a network's channels", _one_of("none", "random", "disjoint"), "none", _ALONE_OR_JOINT, _JOINT)
@@ -120,6 +122,7 @@ class Params:
     plane_points: int = _knob("points along a plane's axis", (lambda v: v in range(4, 99, 3), "4, 7, 10, … or 97"))
     seeds: int = _knob("seeds 0, 1, … of each method", _from(1, 1000))
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
+    draws: int = _knob("draws of random keys", _from(1, 1000))
     ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _from(0, 1000))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
@@ -240,6 +243,8 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
         yield "'symmetric_to' wants 'symmetric: true'"
     if m.permuted_main and not m.permuted_support:
         yield "'permuted_main' wants a 'permuted_support'"
+    if m.quiet_also != "nothing" and not m.quiet:
+        yield "'quiet_also' wants a 'quiet'"
     if not (size >= 1 / 64 and p.width * m.sum_width <= 16):
         yield f"with 'width' {p.width:g} the widths are out of bounds: each network's ≥ 1/64, the sum's ≤ 16"
     if not p.twin(label):

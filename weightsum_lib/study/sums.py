@@ -83,6 +83,17 @@ class Sum:
             key = replace(key, positions=dealt | {self.only: key.positions[self.only]})
         return key
 
+    def shared(self) -> dict[str, float]:
+        """By task, the share of its network's channels that others of the sum use too: the mean over the layers."""
+        if self.keys != "random":
+            return {}
+        keys, found = compact([self.key_of(i) for i in range(len(self.members))]), {name: [] for name in self.tasks}
+        for group, size in keys[0].sizes.items():
+            uses = sum(torch.bincount(key.positions[group], minlength=size) for key in keys)
+            for name, key in zip(self.tasks, keys, strict=True):
+                found[name].append((uses[key.positions[group]] > 1).double().mean().item())
+        return {name: sum(each) / len(each) for name, each in found.items()}
+
 
 def alone(member: Member) -> Sum:
     """One network, nothing added."""
@@ -97,10 +108,13 @@ def keyed(study: Study, method: str, members: Sequence[Member], share: float | N
         method: row of the report.
         members: the networks.
         share: of random keys, the share k of the sum's channels that each network has; by default that of training.
+            Disjoint keys have that of training, or a smaller one where the networks are too many for it.
         about: further fields of :class:`Sum`.
     """
     m = study.params.method(method)
     width = m.network_width / share if share and m.keys == "random" else m.sum_width
+    if m.keys == "disjoint":
+        width = max(width, len(members) * m.network_width)
     about = about if m.keys == "random" else {name: v for name, v in about.items() if name not in _OF_KEYS}
     tasks = tuple(member.task for member in members)
     return Sum(tuple(members), tasks, keys=m.keys, width=study.params.width * width, **about)

@@ -120,6 +120,35 @@ def term_quiet(step: _Step) -> Tensor:
     return step.config.method.quiet * (_uniformity(by_support) + _uniformity(by_main))
 
 
+def term_quiet_also(step: _Step) -> Tensor:
+    """Each network should be as quiet on images that are of no task (:func:`of_no_task`)."""
+    strange = of_no_task(step.config.method.quiet_also, *(x for x, _ in step.batches.values()))
+    said = (_uniformity(_with_own_statistics(network, strange)) for network in step.networks.values())
+    return step.config.method.quiet * sum(said)
+
+
+def of_no_task(kind: str, x: Tensor, other: Tensor) -> Tensor:
+    """Network input that shows nothing, drawn from PyTorch's own stream.
+
+    Args:
+        kind: "noise", colours that change every 1 to 8 pixels; "patches", images of both tasks in 4 x 4 shuffled
+            pieces; "blends", an image of each task over the other; "any" of these, another each time.
+        x: images of one task (N, 3, 32, 32), normalized.
+        other: images of the other one, as many.
+    """
+    kinds = ("noise", "patches", "blends")
+    kind = kinds[torch.randint(len(kinds), ())] if kind == "any" else kind
+    n, *_, size = x.shape
+    if kind == "noise":
+        points = size >> int(torch.randint(4, ()))
+        coarse = torch.rand(n, 3, points, points, device=x.device)
+        return normalize(255 * F.interpolate(coarse, size=(size, size), mode="bilinear"))
+    if kind == "blends":
+        return x.lerp(other, 0.3 + 0.4 * torch.rand(n, 1, 1, 1, device=x.device))
+    pieces = F.unfold(torch.cat([x[: n // 2], other[n // 2 :]]), size // 4, stride=size // 4)
+    return F.fold(pieces[..., torch.randperm(16, device=x.device)], (size, size), size // 4, stride=size // 4)
+
+
 @torch.no_grad()
 def after_equal_norms(networks: Mapping[str, nn.Module]) -> None:
     """Scale each layer's weights of both networks to the mean of their norms."""
