@@ -195,7 +195,7 @@ class Study:
 
     def is_missing(self, config: RunConfig) -> bool:
         """Whether a run is not finished yet."""
-        return store.read_json(self.folder(config) / "run.json") is None
+        return store.read_sealed(self.folder(config) / "run.json") is None
 
     def _train(self, missing: Sequence[RunConfig]) -> None:
         done = self.results / "training.done"  # a line an epoch, of whichever process has trained it
@@ -262,21 +262,22 @@ class Study:
             "history": run.history,
             "made_with": {**_versions(), "commit": self.commit, "device": self._device_name()},
         }
-        store.write_json(folder / "run.json", content)
+        store.write_sealed(folder / "run.json", content)
         checkpoint.unlink(missing_ok=True)
 
+    @torch.no_grad()
     def _load(self, config: RunConfig) -> Run:
         folder = self.folder(config)
         if folder.name not in self._loaded:
-            content, found = store.read_json(folder / "run.json"), store.read_tensors(folder / "networks.safetensors")
-            if found is None or found[1] != folder.name:
+            content = store.read_sealed(folder / "run.json")
+            found, about = store.read_tensors(folder / "networks.safetensors") or ({}, None)
+            networks = {role: build(config, role).to(self.device).eval() for role in config.roles}
+            expected = {f"{r}/{k}": t for r, network in networks.items() for k, t in network.state_dict().items()}
+            if about != folder.name or not train.alike(found, expected):
                 name = folder / "networks.safetensors"
                 raise RuntimeError(f"{name} is damaged, missing or another run's; delete {folder} to train it again")
-            networks = {}
-            for role in config.roles:
-                networks[role] = build(config, role).to(self.device).eval()
-                state = {k.removeprefix(f"{role}/"): v for k, v in found[0].items() if k.startswith(f"{role}/")}
-                networks[role].load_state_dict(state)
+            for name, tensor in expected.items():
+                tensor.copy_(found[name])
             self._loaded[folder.name] = Run(config, networks, content["history"])
             while len(self._loaded) > _LOADED:
                 self._loaded.popitem(last=False)
@@ -302,11 +303,11 @@ class Study:
             "code": store.code_digest(f"{inner.__module__.partition('.')[2]}:{inner.__name__}", *roots),
         }
         path = self.results / "measurements" / f"{store.content_key(key)}.json"
-        content = store.read_json(path)
-        if content is None or store.content_key(content["key"]) != path.stem:
+        content = store.read_sealed(path)
+        if content is None:
             started = time.perf_counter()
             content = {"key": key, "value": function(), "seconds": time.perf_counter() - started}
-            store.write_json(path, content)
+            store.write_sealed(path, content)
         self._measuring_seconds[path.stem] = content["seconds"]
         return content["value"]
 
@@ -319,7 +320,7 @@ class Study:
 
     def provenance(self) -> dict:
         """What made a result: parameters, data, device, versions, commit, and the seconds that it took."""
-        histories = {f.name: store.read_json(f / "run.json")["history"] for f in map(self.folder, self._used)}
+        histories = {f.name: store.read_sealed(f / "run.json")["history"] for f in map(self.folder, self._used)}
         return {
             "params": self.params.as_dict(),
             "data": self.describe_data(),

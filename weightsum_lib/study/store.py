@@ -165,10 +165,24 @@ def read_json(path: Path):
     return None
 
 
-def _tensors_sha256(tensors: Mapping) -> str:
+def write_sealed(path: Path, content: Mapping) -> None:
+    """Write a JSON object with a digest of it and of its place, so that :func:`read_sealed` tells another or damage."""
+    content = json.loads(json.dumps(content))  # as it will be read
+    write_json(path, content | {"seal": content_key([*path.parts[-2:], content])})
+
+
+def read_sealed(path: Path) -> dict | None:
+    """What :func:`write_sealed` has written there; None where there is nothing, or something else."""
+    found = read_json(path)
+    if isinstance(found, dict) and found.pop("seal", "") == content_key([*path.parts[-2:], found]):
+        return found
+    return None
+
+
+def _tensors_sha256(tensors: Mapping, about: str) -> str:
     import torch  # slow to load, and not wanted where make finds nothing to do
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -180,9 +194,9 @@ def write_tensors(path: Path, tensors: Mapping, about) -> None:
     """Write tensors by name with their checksum and JSON-able words ``about`` them (safetensors), in one piece."""
     from safetensors.torch import save_file
 
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    tensors, about = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, json.dumps(about)
     with replaced(path) as temporary:
-        save_file(tensors, temporary, {"about": json.dumps(about), "sha256": _tensors_sha256(tensors)})
+        save_file(tensors, temporary, {"about": about, "sha256": _tensors_sha256(tensors, about)})
 
 
 def read_tensors(path: Path) -> tuple[dict, object] | None:
@@ -191,9 +205,9 @@ def read_tensors(path: Path) -> tuple[dict, object] | None:
 
     with contextlib.suppress(OSError, ValueError, SafetensorError), safe_open(path, "pt") as file:
         tensors, written = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        about = json.loads(written.get("about", ""))
-        if written.get("sha256") == _tensors_sha256(tensors):
-            return tensors, about
+        about = written.get("about", "")
+        if written.get("sha256") == _tensors_sha256(tensors, about):
+            return tensors, json.loads(about)
     return None
 
 

@@ -361,7 +361,7 @@ def train(
         history.append(row)
         if checkpoint:
             momenta = {f"momentum/{i}": optimizer.state[p]["momentum_buffer"] for i, p in enumerate(parameters)}
-            store.write_tensors(checkpoint, state | momenta, history)
+            store.write_tensors(checkpoint, state | momenta, {"run": checkpoint.parent.name, "history": history})
         on_epoch(row)
     for network in networks.values():
         network.eval()
@@ -400,13 +400,20 @@ def _validate_sum(config: RunConfig, total: WeightSum, datasets: Mapping) -> dic
 
 @torch.no_grad()
 def _restore(checkpoint, state, parameters, optimizer) -> list[dict]:
-    """Load a checkpoint into the run and return its history; an empty one where there is none that can be read."""
-    found = store.read_tensors(checkpoint) if checkpoint else None
-    if found is None:
-        return []
-    tensors, history = found
-    for name, tensor in state.items():
-        tensor.copy_(tensors[name])
-    for i, p in enumerate(parameters):
-        optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum/{i}"])
-    return history
+    """Load a checkpoint into the run and return its history; an empty one where there is none that this run wrote."""
+    tensors, about = (store.read_tensors(checkpoint) if checkpoint else None) or ({}, None)
+    expected = state | {f"momentum/{i}": p for i, p in enumerate(parameters)}
+    match about:
+        case {"run": run, "history": list(history)} if run == checkpoint.parent.name and alike(tensors, expected):
+            for name, tensor in state.items():
+                tensor.copy_(tensors[name])
+            for i, p in enumerate(parameters):
+                optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum/{i}"])
+            return history
+    return []
+
+
+def alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether stored tensors have the names, shapes and types that are expected, and finite values."""
+    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (found, expected)]
+    return kinds[0] == kinds[1] and all(t.isfinite().all() for t in found.values())
