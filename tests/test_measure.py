@@ -244,6 +244,15 @@ def test_disjoint_keys_make_room_for_every_network(study):
     assert few.width == study.params.width * m.sum_width
 
 
+def test_the_worth_of_a_standin_is_that_of_a_network_which_saw_no_other_image(study):
+    rows = measure.standin_worth(study, "svhn").set_index(["policy", "tested"])["accuracy"]
+    # here the dataset is its own stand-in
+    assert rows["own", "svhn"] == rows["own", "svhn stand-in"] == rows["per_task", "svhn"]
+    made = study.dataset("svhn stand-in")
+    assert made.source == "stand-in" and made.name == "svhn stand-in"
+    assert study.run(study.config("independent", "svhn stand-in")).networks
+
+
 def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
     frame = measure.mergers(study, "mnist", "svhn")
     assert set(frame["method"]) == {

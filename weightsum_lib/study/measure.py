@@ -332,6 +332,16 @@ def ceilings(study: Study, first: str, second: str) -> pd.DataFrame:
     return frame(study, cases)
 
 
+def standin_worth(study: Study, name: str) -> pd.DataFrame:
+    """What a network that was trained on a dataset's stand-in alone reads of the dataset's own test images; seed 0.
+
+    Policy: statistics of the stand-in's training images, then (``per_task``) of the dataset's.
+    """
+    member, tested = Member(study.config(BASELINE, f"{name} stand-in")), (name, f"{name} stand-in")
+    policies = (OWN, "per_task")
+    return frame(study, [Case("2", BASELINE, 0, "sum", alone(member), policy, tested) for policy in policies])
+
+
 def _pair(study: Study, method: str, first: str, second: str, apart: bool, seed: int) -> Sum:
     both = (first, second)
     if apart:

@@ -122,11 +122,16 @@ class Study:
         self._step_seconds: dict[RunConfig, float] = {}
 
     def dataset(self, name: str) -> data.Dataset:
-        """A dataset, or a task made from some (:func:`weightsum_lib.study.data.variant`), on the study's device."""
+        """A dataset, or a task made from some (:func:`weightsum_lib.study.data.variant`), on the study's device.
+
+        ``svhn stand-in`` is the synthetic stand-in for one, whether that is there or not.
+        """
         if name not in self._datasets:
-            if name in DATASETS:
-                p, folder = self.params, str(self.results / "standins")
-                made = data.load(name, self.data_dir, p.allow_standin, p.train_images, p.test_images, folder)
+            p, known, folder = self.params, name.removesuffix(" stand-in"), str(self.results / "standins")
+            if known in DATASETS:
+                source, allowed = ("", [known]) if known != name else (self.data_dir, p.allow_standin)
+                made = data.load(known, source, allowed, p.train_images, p.test_images, folder)
+                made = replace(made, name=name)
             else:
                 made = data.variant(name, self.dataset)
             self._datasets[name] = made.to(self.device)
