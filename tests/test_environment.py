@@ -77,13 +77,11 @@ def clone(folder):
 
 
 def make(folder, *arguments, **environment):
-    # no package index: a fresh environment's pip builds with what it has
-    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "CONDA_DEFAULT_ENV": "", "PYTHON": sys.executable}
-    environment = {k: v for k, v in (os.environ | offline | environment).items() if v}
+    fixed = {"CONDA_DEFAULT_ENV": "", "PYTHON": sys.executable}
+    environment = {k: v for k, v in (os.environ | fixed | environment).items() if v}
     command = ["make", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **out)
 
 
 def stand_in(python, said="<%s>"):
@@ -157,13 +155,15 @@ def test_another_python_is_refused_with_the_range(tmp_path, monkeypatch, version
 @pytest.mark.hard
 def test_two_that_install_at_once_and_one_that_is_killed_end_with_one_whole_environment(tmp_path):
     clone(tmp_path)
-    for moment in (0.3, 1.5, 4.0):
+    for moment, all_of_it in ((0.3, True), (1.5, False), (4.0, True)):  # the installer and its pip, or it alone
         killed = make(tmp_path, "setup")
         time.sleep(moment)
-        for child in map(int, subprocess.run(["pgrep", "-P", str(killed.pid)], capture_output=True).stdout.split()):
-            os.kill(child, signal.SIGKILL)
-        killed.kill()
-    time.sleep(1)
+        found = subprocess.run(
+            ["pgrep", "-g", str(killed.pid), *([] if all_of_it else ["-f", "install.py"])], capture_output=True
+        )
+        for process in map(int, found.stdout.split()):
+            os.kill(process, signal.SIGKILL)
+        killed.wait()
     both = [make(tmp_path, "setup") for _ in "ab"]
     said = [each.communicate()[0] for each in both]
     assert [each.returncode for each in both] == [0, 0], said

@@ -138,6 +138,7 @@ def _run(name: str, p: Params, target: Path) -> str:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each knob that isn't in the parameters cell
     quiet = ["--log-level=CRITICAL"]  # no word of the kernel's own, an interrupt at its end
     options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}
+    options["shutdown_kernel"] = "immediate"  # an interrupt ends it at once
     with store.replaced(target) as temporary:
         nbformat.write(notebook, temporary)
         try:
