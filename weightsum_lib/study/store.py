@@ -244,6 +244,18 @@ def read_tensors(path: Path) -> tuple[dict, object] | None:
     return None
 
 
+def packed(folder: Path) -> dict[str, bytes]:
+    """A folder's files, to travel; ``{}`` where there are none."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
+
+
+def unpack(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put files that have travelled into a folder, the last one last, each in one piece."""
+    for name, content in files.items():
+        with replaced(folder / name) as temporary:
+            temporary.write_bytes(content)
+
+
 def lock(path: Path) -> FileLock:
     """A lock between processes, e.g. so that two notebooks never train at once; a dead process holds none."""
     return FileLock(path)
