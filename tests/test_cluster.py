@@ -71,7 +71,6 @@ def accuracies(study):
     return measure.frame(study, cases)["accuracy"].tolist()
 
 
-
 @pytest.fixture
 def lines(monkeypatch, tmp_path):
     path = tmp_path / "progress"
@@ -191,7 +190,7 @@ def test_where_no_folder_is_shared_runs_come_by_the_wire(machines, elsewhere, st
         first = {path.name for path in elsewhere.glob("results/runs/*")}
         assert len(first) == 2 == len([*far.results.glob("runs/*/run.json")])
         shutil.rmtree(elsewhere / "results" / "runs")
-        far.train_all(far._parents(configs(far)[0]))
+        far.train_all(far.parents(configs(far)[0]))
         shutil.rmtree(elsewhere / "results" / "runs")  # the parents travel too
         far.train_all(configs(far))
     networks, values = here

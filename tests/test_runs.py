@@ -267,7 +267,9 @@ def test_who_waits_for_another_process_says_so(tmp_path, lines):
         thread.start()
         while thread.is_alive() and not lines():
             time.sleep(0.01)
-        assert lines() == ["another process trains networks of this study; waiting until it has ended, to train what is missing then"]
+        assert lines() == [
+            "another process trains networks of this study; waiting until it has ended, to train what is missing then"
+        ]
     thread.join(10)
     assert not thread.is_alive()
 
