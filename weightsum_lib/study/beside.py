@@ -91,7 +91,8 @@ def frame(study: Study) -> pd.DataFrame:
     ]
     study.train_all([member.config for candidates in cases for case in candidates for member in case.what.members])
     chosen = [_chosen(study, candidates) for candidates in cases]
-    of_each = [measure.measured(study, partial(_weights, study, case.what), case.what, ()) for case in chosen]
+    counted = [measure.measurement(partial(_weights, study, case.what), case.what, ()) for case in chosen]
+    of_each = study.measured(counted)
     found = pd.concat([measure.frame(study, [case]).assign(weights=n) for case, n in zip(chosen, of_each, strict=True)])
     told = found[found["network"] == SIGNS]
     told = told.groupby(["task", "method", "seed", "network"], as_index=False)[["accuracy", "weights"]].mean()

@@ -25,7 +25,7 @@ from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
 from weightsum_lib.study.config import RunConfig
 from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, SHARED, TRAINED, Params
-from weightsum_lib.study.runs import Study
+from weightsum_lib.study.runs import Measurement, Study
 from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
 from weightsum_lib.study.train import logits_of
 
@@ -73,11 +73,12 @@ class Case:
 def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     """The long frame of some cases; every run that they need is trained first, in one queue."""
     cases, rows = list(cases), []
-    study.train_all([member.config for case in cases for member in case.what.members])
-    for case in cases:
-        compute = partial(accuracies, study, case.what, case.policy, case.tested, case.split)
-        settings = {k: getattr(case, k) for k in ("policy", "tested", "split")}
-        found = measured(study, compute, case.what, case.tested, **settings)
+    settings = [{k: getattr(case, k) for k in ("policy", "tested", "split")} for case in cases]
+    wanted = [
+        measurement(partial(accuracies, study, case.what, **how), case.what, case.tested, **how)
+        for case, how in zip(cases, settings, strict=True)
+    ]
+    for case, found in zip(cases, study.measured(wanted), strict=True):
         about = {k: v for k, v in vars(case).items() if k not in ("what", "tested")}
         about |= {"share": case.what.share, "narrow": case.what.narrow, "draw": case.what.draw}
         shared = case.what.shared()
@@ -89,12 +90,11 @@ def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def measured(study: Study, compute: partial, what: Sum, names: Sequence[str], **settings):
-    """A measurement of one description, from the cache where the same has been measured."""
+def measurement(compute: partial, what: Sum, names: Sequence[str], **settings) -> Measurement:
+    """A measurement of one description."""
     about = {k: v for k, v in asdict(what).items() if k != "members"} | {"roles": [m.role for m in what.members]}
-    names = sorted({*names, *what.tasks})
-    settings = {**settings, "what": about, "data": names}
-    return study.measured(compute, [m.config for m in what.members], settings, f"study.sums:{what.how}")
+    settings = {**settings, "what": about, "data": sorted({*names, *what.tasks})}
+    return Measurement(compute, [m.config for m in what.members], settings, [f"study.sums:{what.how}"])
 
 
 def policies_of(p: Params, method: str) -> list[str]:
@@ -365,7 +365,7 @@ def plane(study: Study, method: str, first: str, second: str, strangers: bool = 
         ``coefficients`` (n,), and for each dataset name an n × n list, rows α, columns β, in percent.
     """
     points, what = study.params.plane_points, _pair(study, method, first, second, strangers, seed)
-    return measured(study, partial(_plane, study, what, points), what, what.tasks, points=points)
+    return study.measured([measurement(partial(_plane, study, what, points), what, what.tasks, points=points)])[0]
 
 
 def _plane(study: Study, what: Sum, points: int) -> dict:
@@ -400,7 +400,7 @@ def explained(
     """
     what = _pair(study, method, first, second, strangers, seed)
     policy = headline_policy(study.params, method) if strangers else "per_task"
-    rows = measured(study, partial(_explained, study, what, policy), what, what.tasks, policy=policy)
+    rows = study.measured([measurement(partial(_explained, study, what, policy), what, what.tasks, policy=policy)])[0]
     return pd.DataFrame(rows).assign(method=method)
 
 

@@ -364,7 +364,7 @@ def train(
         row["seconds"] = time.perf_counter() - started
         history.append(row)
         if checkpoint:
-            store.write_tensors(checkpoint, state, [checkpoint.parent.name, *history])
+            store.write_tensors(checkpoint, state, {"run": checkpoint.parent.name, "history": history})
         on_epoch(row)
     for network in networks.values():
         network.eval()
@@ -402,10 +402,17 @@ def _validate_sum(config: RunConfig, total: WeightSum, datasets: Mapping) -> dic
 
 @torch.no_grad()
 def _restore(checkpoint: Path, state: Mapping[str, Tensor]) -> list[dict]:
-    """Load a run's checkpoint and return its history; an empty one where there is none of its own that can be read."""
-    tensors, (of, *history) = store.read_tensors(checkpoint) or ({}, [""])
-    if of != checkpoint.parent.name:
-        return []
-    for name, tensor in state.items():
-        tensor.copy_(tensors[name])
-    return history
+    """Load a run's checkpoint and return its history; an empty one where there is none that this run wrote."""
+    tensors, about = store.read_tensors(checkpoint) or ({}, None)
+    match about:
+        case {"run": run, "history": list(history)} if run == checkpoint.parent.name and alike(tensors, state):
+            for name, tensor in state.items():
+                tensor.copy_(tensors[name])
+            return history
+    return []
+
+
+def alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether stored tensors have the names, shapes and types that are expected, and finite values."""
+    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (found, expected)]
+    return kinds[0] == kinds[1] and all(t.isfinite().all() for t in found.values())
