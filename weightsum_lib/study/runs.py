@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from timeit import timeit
 
+import joblib
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,11 +85,6 @@ def run_content(config: RunConfig, digests: Mapping[str, str], device: str) -> d
         "versions": {name: version(name).split("+")[0].rpartition(".")[0] for name in ("torch", "torchvision")},
         "code": store.code_digest(*roots),
     }
-
-
-def run_key(config: RunConfig, digests: Mapping[str, str], device: str) -> str:
-    """A short digest of :func:`run_content`."""
-    return store.content_key(run_content(config, digests, device))
 
 
 @functools.cache
@@ -233,7 +230,7 @@ class Study:
         queue = self.with_parents(configs)
         self._used.update(configs)
         if any(map(self.is_missing, queue)):
-            with store.alone(self.results / "training.lock", report_progress):
+            with store.alone(self.results / "training.lock", _waits):
                 self._train([c for c in queue if self.is_missing(c)])
 
     def is_missing(self, config: RunConfig) -> bool:
@@ -250,12 +247,12 @@ class Study:
 
             def job(config):
                 epochs, about = config.trained_epochs, f"run {numbers[config]}/{len(missing)} {config.describe()}"
-                said = functools.partial(_say, say, {"run": about, "epochs": epochs, "work": work(config) / epochs})
+                said = functools.partial(say, {"run": about, "epochs": epochs, "work": work(config) / epochs})
                 folders = map(self.folder, [] if shared else self.parents(config))
                 parents = {folder.name: store.packed(folder) for folder in folders}
                 same = self.same(self.content(config))
                 call = functools.partial(_train_run, self, config, same, said, mark, parents)
-                return pool.Job(self.folder(config).name, call, work(config))
+                return self.folder(config).name, call, work(config)
 
             for config, files in workers.each(missing, job, self.parents):
                 store.unpack(self.folder(config), files)
@@ -282,16 +279,19 @@ class Study:
         alike = replace(config, method=method, main="mnist", support="cifar10" * joint, start="random", seed=0)
         alike = replace(alike, epochs=1, finetune_epochs=0, epoch_images=0)
         if alike not in self._step_seconds:
-            few, seconds = {}, []  # validation images, which are not what is measured
-            for name in ("mnist", "cifar10"):
-                d = self.dataset(name)
-                few[name] = replace(d, val_images=d.val_images[:100], val_labels=d.val_labels[:100])
-            for steps in (1, 1, 4):  # the first is slow
-                started = time.perf_counter()
-                with _one_thread():
-                    train.train(replace(alike, epoch_images=steps * config.batch_size), few)
-                seconds.append(time.perf_counter() - started)
-            self._step_seconds[alike] = max(0.0, seconds[2] - seconds[1]) / 3
+            known = {name: self.dataset(name) for name in ("mnist", "cifar10")}  # validation is not what is measured
+            few = {
+                n: replace(d, val_images=d.val_images[:100], val_labels=d.val_labels[:100]) for n, d in known.items()
+            }
+
+            def seconds(steps):
+                return timeit(
+                    lambda: train.train(replace(alike, epoch_images=steps * config.batch_size), few), number=1
+                )
+
+            with _one_thread():
+                _, one, four = map(seconds, (1, 1, 4))  # the first is slow
+            self._step_seconds[alike] = max(0.0, four - one) / 3
         steps = config.trained_epochs * (config.epoch_images // config.batch_size)
         return self._step_seconds[alike] * steps / 3600
 
@@ -299,8 +299,7 @@ class Study:
         """How many networks are trained at once."""
         if self.device.type != "cpu":
             return 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return min(cores, self.params.networks_at_once or _MOST_AT_ONCE)
+        return min(joblib.cpu_count(), self.params.networks_at_once or _MOST_AT_ONCE)
 
     def train_here(self, config: RunConfig, on_epoch: Callable[[dict], None] = lambda row: None) -> None:
         """Train a run whose parents are finished, in this process and one thread, and keep it in its folder."""
@@ -365,7 +364,7 @@ class Study:
 
         def job(i):
             call = functools.partial(_measure, self, wanted[i], self.same(contents[i]))
-            return pool.Job(f"measure-{paths[i].stem}", call)
+            return f"measure-{paths[i].stem}", call, 0
 
         with self._workers(1) if missing else contextlib.nullcontext((pool.Pool(), "", True)) as (workers, _, shared):
             for i, value in (workers if shared else pool.Pool()).each(missing, job):
@@ -420,12 +419,12 @@ def _study_of_worker(params: str) -> Study:
     return study
 
 
+def _waits(line: str) -> None:
+    report_progress(f"{line}; then what is missing is trained here")
+
+
 def _sees(study: Study, mark: str) -> bool:
     return store.read_json(study.results / "mark.json") == mark
-
-
-def _say(say: Callable[[dict], None], about: dict, row: dict) -> None:
-    say(about | row)
 
 
 def _refuse(wanted: dict, here: dict) -> None:
