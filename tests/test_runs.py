@@ -264,19 +264,16 @@ def test_who_waits_for_another_process_says_so(tmp_path, lines):
     with lock:
         import threading
 
-        def wait():
-            with store.alone(tmp_path / "training.lock", runs._waits):
-                pass
-
-        thread = threading.Thread(target=wait)
+        study = Study(tiny_params(tmp_path))
+        thread = threading.Thread(target=study.run, args=[study.config("independent", "mnist")])
         thread.start()
         while thread.is_alive() and not lines():
             time.sleep(0.01)
         assert re.match(
-            r"another process.* holds training.lock; waiting .*; then what is missing is trained", lines()[0]
+            r"another process.* holds training.lock; waiting .*; then what is still missing is trained", lines()[0]
         )
-    thread.join(10)
-    assert not thread.is_alive()
+    thread.join(60)
+    assert not thread.is_alive() and lines()[-1].startswith("run 1/1")
 
 
 def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):

@@ -9,9 +9,9 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 
 from joblib.externals.loky import get_reusable_executor
@@ -52,7 +52,9 @@ class Pool:
     hear: Callable[[Callable], Callable] = lambda say: say
     everywhere: Callable[[Callable], Iterable] = lambda function: ()
 
-    def each(self, wanted: Sequence, job: Callable[..., tuple], parents: Callable = lambda item: ()) -> Iterator[tuple]:
+    def each(
+        self, wanted: Collection, job: Callable[..., tuple], parents: Callable = lambda item: ()
+    ) -> Iterator[tuple]:
         """Do the ``job`` of each item and yield (item, result) as it ends.
 
         A job starts as soon as those of its item's ``parents`` (other items) have ended and a slot is free, in the
@@ -183,9 +185,9 @@ class Progress:
     """
 
     work: float
-    started: float
     done: str
-    path: str | None
+    path: str | None = field(default_factory=lambda: os.environ.get(PROGRESS_VARIABLE))
+    started: float = field(default_factory=time.time)
 
     def __call__(self, about: dict, row: dict) -> None:
         """An epoch has ended.
