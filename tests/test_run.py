@@ -72,7 +72,8 @@ def house(tmp_path_factory):
     for name in ("book", "notebooks", "weightsum_lib", "params"):
         ignore = shutil.ignore_patterns("_build", "published", "__pycache__", "*.ipynb", ".*")
         shutil.copytree(ROOT / name, path / name, ignore=ignore)
-    for published in (ROOT / "book" / "published").glob("bench.*"):  # the page on speed needs them
+    for name in ("bench.json", "bench.png", "scale.json"):  # the pages on speed and size need them
+        published = ROOT / "book" / "published" / name
         (path / "book" / "published").mkdir(exist_ok=True)
         shutil.copyfile(published, path / "book" / "published" / published.name)
     foreign = top / "foreign" / "kernels" / "python3"
@@ -293,7 +294,7 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
     assert run.main(["publish", *SMOKE, "--seeds", "2"]) == 2
     assert "not of this code and these parameters" in capsys.readouterr().err
     # nothing but what the house began with
-    assert {f.name for f in (house.path / "book" / "published").iterdir()} == {"bench.json", "bench.png"}
+    assert {f.name for f in (house.path / "book" / "published").iterdir()} == {"bench.json", "bench.png", "scale.json"}
 
 
 @pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name != "01_mnist_cifar10"])  # that one: see below

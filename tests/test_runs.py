@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from weightsum_lib import run
 from weightsum_lib.study import params, pool, runs, store
 from weightsum_lib.study.config import RunConfig
 from weightsum_lib.study.params import Method, Params, ParamsError
-from weightsum_lib.study.runs import Study, run_content, run_key
+from weightsum_lib.study.runs import Study, run_content
 
 
 @pytest.fixture
@@ -46,6 +47,10 @@ def test_a_run_is_trained_once_and_then_read(tiny, lines):
 
 
 DIGESTS = {"mnist": "a", "cifar10": "b"}
+
+
+def run_key(*content):
+    return store.content_key(run_content(*content))
 
 
 def configs():
@@ -259,19 +264,16 @@ def test_who_waits_for_another_process_says_so(tmp_path, lines):
     with lock:
         import threading
 
-        def wait():
-            with runs._alone(tmp_path / "training.lock"):
-                pass
-
-        thread = threading.Thread(target=wait)
+        study = Study(tiny_params(tmp_path))
+        thread = threading.Thread(target=study.run, args=[study.config("independent", "mnist")])
         thread.start()
         while thread.is_alive() and not lines():
             time.sleep(0.01)
-        assert lines() == [
-            "another process trains networks of this study; waiting until it has ended, to train what is missing then"
-        ]
-    thread.join(10)
-    assert not thread.is_alive()
+        assert re.match(
+            r"another process.* holds training.lock; waiting .*; then what is still missing is trained", lines()[0]
+        )
+    thread.join(60)
+    assert not thread.is_alive() and lines()[-1].startswith("run 1/1")
 
 
 def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):

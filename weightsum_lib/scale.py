@@ -47,9 +47,9 @@ def gained(jobs: int, **smaller) -> pd.DataFrame:
     rows, nothing = [], functools.partial(time.sleep, 1e-3)
     for way, (slots, address) in WAYS.items():
         with tempfile.TemporaryDirectory() as folder, pool.opened(slots, address) as workers:
-            [*workers.each(range(20), lambda i: pool.Job(f"first {i}", nothing))]  # they start
+            [*workers.each(range(20), lambda i: (f"first {i}", nothing, 0))]  # they start
             started = time.perf_counter()
-            [*workers.each(range(jobs), lambda i: pool.Job(f"nothing {i}", nothing))]
+            [*workers.each(range(jobs), lambda i: (f"nothing {i}", nothing, 0))]
             milliseconds = 1e3 * (time.perf_counter() - started) / jobs
             study = runs.Study(params.read("smoke", {"results_dir": folder, "networks_at_once": slots, **smaller}))
             study.cluster, started = address, time.perf_counter()
@@ -73,7 +73,7 @@ def memory(queued: int) -> float:
         before, out = rss().rss, []
         for seed in range(queued):
             call = functools.partial(runs._train_run, study, replace(one, seed=seed), same, print, "", {})
-            out.append(workers.submit(pool.Job(f"queued {seed}", call)))
+            out.append(workers.submit(f"queued {seed}", call, 0))
         workers.everywhere(time.time)  # after them all
         taken = rss().rss - before
         for future in out:
