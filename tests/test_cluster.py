@@ -71,7 +71,6 @@ def accuracies(study):
     return measure.frame(study, cases)["accuracy"].tolist()
 
 
-
 @pytest.fixture
 def lines(monkeypatch, tmp_path):
     path = tmp_path / "progress"

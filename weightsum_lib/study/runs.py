@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from filelock import Timeout
 from torch.utils.flop_counter import FlopCounterMode
 
 from weightsum_lib.core import models
@@ -25,7 +24,7 @@ from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
 _MOST_AT_ONCE = 4  # a worker takes about a gigabyte
-_LOADED = 24  # runs whose networks are kept in memory
+_LOADED = 1 << 30  # bytes of networks that are kept in memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -230,7 +229,7 @@ class Study:
         queue = list(dict.fromkeys(c for config in configs for c in (*self._parents(config), config)))
         self._used.update(configs)
         if any(map(self.is_missing, queue)):
-            with _alone(self.results / "training.lock"):
+            with store.alone(self.results / "training.lock", report_progress):
                 self._train([c for c in queue if self.is_missing(c)])
 
     def is_missing(self, config: RunConfig) -> bool:
@@ -335,7 +334,7 @@ class Study:
             for name, tensor in expected.items():
                 tensor.copy_(found[name])
             self._loaded[folder.name] = Run(config, networks, content["history"])
-            while len(self._loaded) > _LOADED:
+            while len(self._loaded) > 1 and sum(map(_bytes_of, self._loaded.values())) > _LOADED:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(folder.name)
         return self._loaded[folder.name]
@@ -382,8 +381,10 @@ class Study:
     def provenance(self) -> dict:
         """What made a result: parameters, data, device, versions, commit, and the seconds that it took."""
         histories = {f.name: store.read_sealed(f / "run.json")["history"] for f in map(self.folder, self._used)}
+        knobs = self.params.as_dict()  # where this machine keeps its files is nobody's business
+        folders = {k: os.path.basename(v) for k, v in knobs.items() if k.endswith("_dir") and os.path.isabs(v)}
         return {
-            "params": self.params.as_dict(),
+            "params": knobs | folders,
             "data": self.describe_data(),
             "device": self._device_name(),
             "precision": self.precision,
@@ -398,6 +399,10 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}}
 
 
+def _bytes_of(run: Run) -> int:
+    return sum(t.nbytes for network in run.networks.values() for t in network.state_dict().values())
+
+
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
     """Torch computes with one thread meanwhile: a network's bits never depend on how many cores there are."""
@@ -407,23 +412,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; say so if another one holds it."""
-    lock = store.lock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        report_progress(
-            "another process trains networks of this study; waiting until it has ended, to train what is missing then"
-        )
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 @functools.lru_cache(maxsize=1)
