@@ -434,8 +434,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that is only read
-        where = "" if isinstance(error, store.StoreError) else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}; what is finished is kept", file=sys.stderr)
+        known = isinstance(error, store.StoreError)
+        print(f"error: {error if known else f'{error.filename}: {error.strerror}'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished epoch of each network", file=sys.stderr)
