@@ -290,14 +290,13 @@ def publish(p: Params, folder: Path) -> None:
     """
     from weightsum_lib.report import page
 
-    stale = [name for name in notebook_names() if not _is_fresh(name, p, folder)]
-    if stale:
+    if stale := [name for name in notebook_names() if not _is_fresh(name, p, folder)]:
         why = "failed, or is not of this code and these parameters; run it again"
         raise RunError(f"{', '.join(stale)} in {folder} {why}")
-    results = [path for path in _all_made(folder) if path.suffix == ".json"]
-    if [path for path in results if store.read_json(path)["claims"] != store.file_sha256(params.CLAIMS)]:
+    results = [store.read_json(path) for path in _all_made(folder) if path.suffix == ".json"]
+    if {result["claims"] for result in results} != {store.file_sha256(params.CLAIMS)}:
         raise RunError("params/claims.yaml was changed after the run that it is held to; run it again")
-    commits = {store.read_json(path)["provenance"]["commit"] for path in results}
+    commits = {result["provenance"]["commit"] for result in results}
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
     page.publish([*_all_made(folder), *bench_files(folder)], folder, PUBLISHED, ROOT / "README.md")

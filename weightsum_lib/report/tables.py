@@ -289,7 +289,9 @@ def data_notice(described: Mapping[str, dict]) -> str:
     """
     parts = []
     for name, d in described.items():
-        kind, note = ("real", f"; {html.escape(d['note'])}") if d["source"] == "real" else ("**synthetic stand-in**", "")
+        kind, note = (
+            ("real", f"; {html.escape(d['note'])}") if d["source"] == "real" else ("**synthetic stand-in**", "")
+        )
         parts.append(f"{title(name)}: {kind} ({d['images']['train']:,} training images{note})")
     warning = " Numbers on stand-ins show the method at work; they are not numbers of the real dataset."
     standin = any(d["source"] != "real" for d in described.values())
