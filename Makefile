@@ -3,6 +3,7 @@ PROFILE ?= quick
 DATA_DIR ?=
 SEEDS ?=
 DEVICE ?=
+CLUSTER ?=
 NOTEBOOK ?=
 FORCE ?=
 PYTHON ?= python3
@@ -11,11 +12,12 @@ VENV ?= $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX),.venv)
 
 NAMED := $(if $(filter-out file,$(origin PYTHON)),named)
 # what was typed, letter by letter: neither make nor a shell reads a value as a program
-VARIABLES := PROFILE DATA_DIR SEEDS DEVICE NOTEBOOK FORCE PYTHON VENV
-$(foreach name,PROFILE DATA_DIR SEEDS DEVICE NOTEBOOK FORCE PYTHON,$(eval override $(name) := $$(value $(name))))
+VARIABLES := PROFILE DATA_DIR SEEDS DEVICE CLUSTER NOTEBOOK FORCE PYTHON VENV
+$(foreach name,PROFILE DATA_DIR SEEDS DEVICE CLUSTER NOTEBOOK FORCE PYTHON,$(eval override $(name) := $$(value $(name))))
 VENV_TYPED := $(if $(filter file,$(origin VENV)),$(VENV),$(value VENV))
 override VENV := $(VENV_TYPED)
 export $(VARIABLES)
+export WEIGHTSUM_CLUSTER := $(CLUSTER)
 PY = "$$VENV/bin/python"
 RUN = $(PY) -m weightsum_lib.run
 OPTIONS = --profile "$$PROFILE" --data-dir "$$DATA_DIR" --seeds "$$SEEDS" --device "$$DEVICE"
@@ -30,7 +32,7 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 .PHONY: help all setup plan train notebooks book publish bench lab test test-hard lock clean
 
 help:  ## Print this help.
-	@echo "make TARGET [PROFILE=smoke|quick|hour|day|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda] [NOTEBOOK=03] [FORCE=1]"
+	@echo "make TARGET [PROFILE=smoke|quick|hour|day|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda] [CLUSTER=address] [NOTEBOOK=03] [FORCE=1]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
@@ -41,6 +43,7 @@ help:  ## Print this help.
 	@echo "  DATA_DIR  folder of the prepared datasets (default: data)"
 	@echo "  SEEDS     seeds of each method, for intervals"
 	@echo "  DEVICE    cpu or cuda (default: cuda where there is one)"
+	@echo "  CLUSTER   a Dask scheduler, tcp://host:8786, whose workers train and measure, or local:4, started here"
 	@echo "  NOTEBOOK  how the name of the one to run begins; the others stay as they are"
 	@echo "  FORCE     1: run notebooks again though nothing has changed; trained networks stay"
 	@echo "  VENV      environment (default: the active conda environment, else .venv); PYTHON makes it"
@@ -66,8 +69,9 @@ book: setup  ## Build the report from what has been run (also PROFILE=published:
 publish: setup  ## Keep the finished run of PROFILE as book/published, and its table in the README.
 	@$(RUN) publish $(OPTIONS)
 
-bench: setup  ## Measure the speed of a training step, about five minutes; the book's page on speed shows it.
+bench: setup  ## Measure the speed of a training step, and what a cluster gains, about ten minutes; the book's pages on speed and size show it.
 	@$(PY) -m weightsum_lib.bench --device "$$DEVICE"
+	@$(PY) -m weightsum_lib.scale --device "$$DEVICE"
 
 lab: setup  ## Open JupyterLab on the paired notebooks.
 	@$(RUN) lab

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 
 from weightsum_lib import run
 from weightsum_lib.study import pool, runs, store, train
-from weightsum_lib.study.config import build
 from weightsum_lib.study.runs import Study
 
 ROOT = Path(__file__).parent.parent
@@ -267,13 +266,9 @@ class Files:
             [study.folder(config) / name for config in self.configs]
             for name in ("networks.safetensors", "checkpoint.safetensors", "run.json")
         )
-        for config, path, networks in zip(self.configs, self.checkpoint, self.networks, strict=True):
-            tensors = {f"main/{k}": t for k, t in self.network(config).state_dict().items()}
-            parameters = list(self.network(config).parameters())
-            momenta = {f"momentum/{i}": torch.full_like(p, 0.5) for i, p in enumerate(parameters)}
-            found = {k: t.clone() for k, t in store.read_tensors(networks)[0].items()}
-            assert found.keys() == tensors.keys()
-            store.write_tensors(path, found | momenta, {"run": path.parent.name, "history": [{"epoch": 1}]})
+        for config, path in zip(self.configs, self.checkpoint, strict=True):
+            train.train(config, {config.main: study.dataset(config.main)}, checkpoint=path)
+        self.trained = {name: torch.zeros_like(t) for name, t in store.read_tensors(self.checkpoint[0])[0].items()}
         self.measurement = [folder / "measurements" / f"{name}.json" for name in ("a" * 16, "b" * 16)]
         for number, path in enumerate(self.measurement):
             store.write_sealed(path, {"key": {"what": "it"}, "value": [number, 0.1], "seconds": 1.0})
@@ -289,9 +284,6 @@ class Files:
             for names, suffix in zip(pairs, ("ipynb", "json", "stamp.json"), strict=True)
         )
 
-    def network(self, config):
-        return build(config, "main")
-
     def use(self, kind):
         """What a study would take from the first file of a kind, in a form that can be compared; None: refused."""
         study, config = Study(self.params), self.configs[0]
@@ -305,16 +297,10 @@ class Files:
                     return None
                 return {name: tensor.tolist() for name, tensor in found.items()}
             case "checkpoint":
-                network = self.network(config)
-                before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-                parameters = list(network.parameters())
-                optimizer = train.optimizer_of(config, parameters)
-                state = {f"main/{name}": tensor for name, tensor in network.state_dict().items()}
-                history = train._restore(self.checkpoint[0], state, parameters, optimizer)
-                if not history:
-                    assert all(torch.equal(before[name], t) for name, t in network.state_dict().items())
-                    return None
-                return [history, {name: tensor.tolist() for name, tensor in state.items()}]
+                state = {name: tensor.clone() for name, tensor in self.trained.items()}
+                history = train._restore(self.checkpoint[0], state)
+                assert history or not any(tensor.any() for tensor in state.values())  # nothing of it is taken
+                return [history, {name: tensor.tolist() for name, tensor in state.items()}] if history else None
             case "run":
                 return None if study.is_missing(config) else store.read_sealed(self.run[0])
             case "measurement":

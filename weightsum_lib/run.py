@@ -330,7 +330,8 @@ def bench_files(folder: Path) -> list[Path]:
         folder: a profile's results, beside which ``make bench`` writes its own.
     """
     beside = folder.parent if (folder.parent / "bench.json").exists() else PUBLISHED
-    return [beside / "bench.json", beside / "bench.png"]
+    scale = folder.parent / "scale.json"
+    return [beside / "bench.json", beside / "bench.png", scale if scale.exists() else PUBLISHED / "scale.json"]
 
 
 def build_book(folder: Path) -> Path:

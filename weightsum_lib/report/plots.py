@@ -341,6 +341,34 @@ def capacity(rows: pd.DataFrame, law: Callable, message: str) -> Figure:
     return _done(figure, message)
 
 
+def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str, Mapping], message: str) -> Figure:
+    """Every way to make one network of two on one axis, a panel a task; a line a way, a marker a pair.
+
+    Args:
+        summary: by task, way and networks, with ``after`` (percent of all classes) and ``n``.
+        ours: how the names of this study's networks begin.
+        published: what others report, name to accuracy by way, shown where the task is CIFAR-10.
+        message: what the figure says.
+    """
+    ways, pairs = (list(summary.index.unique(level)) for level in ("way", "networks"))
+    figure, ((*panels,),) = _panels(len(tasks := summary.index.unique("task")), (5 + 3 * len(tasks), 7), sharey=True)
+    for axes, task in zip(panels, tasks, strict=True):
+        rows = summary.xs(task, level="task")
+        for i, (pair, own) in enumerate(rows.groupby("networks", sort=False)):
+            mean, ends = _spread(own["after"])
+            own_ways = [ways.index(way) for way in own.index.get_level_values("way")]
+            look = {"fmt": _MARKERS[pairs.index(pair) % 8], "color": AFTER if pair.startswith(ours) else BEFORE}
+            axes.errorbar(mean, own_ways, xerr=ends, ms=7, alpha=0.8, mfc="none" if i % 2 else None, label=pair, **look)
+        for name, values in published.items() if task.startswith("cifar10") else ():
+            axes.plot(list(values.values()), [ways.index(w) for w in values], "D", color="0.5", mfc="none", label=name)
+        best = max(cell.mean for (way, _), cell in rows["after"].items() if way.startswith("ensemble"))
+        axes.axvline(best, color="k", ls="--", lw=1, label="the best ensemble")
+        axes.set(xlim=(0, 101), title=title(task), xlabel=f"all ten classes: test accuracy (%)\n{_n(rows, BARS)}")
+        axes.set_yticks(range(len(ways)), ways)
+        axes.set_ylim(len(ways) - 0.5, -0.5)
+    return _done(figure, message)
+
+
 def examples(datasets: Sequence, message: str, each: int = 10) -> Figure:
     """The first test image of each class, a row a dataset.
 

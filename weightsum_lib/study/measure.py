@@ -75,7 +75,7 @@ def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     cases, rows = list(cases), []
     settings = [{k: getattr(case, k) for k in ("policy", "tested", "split")} for case in cases]
     wanted = [
-        _measurement(partial(accuracies, study, case.what, **how), case.what, case.tested, **how)
+        measurement(partial(accuracies, study, case.what, **how), case.what, case.tested, **how)
         for case, how in zip(cases, settings, strict=True)
     ]
     for case, found in zip(cases, study.measured(wanted), strict=True):
@@ -90,7 +90,7 @@ def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _measurement(compute: partial, what: Sum, names: Sequence[str], **settings) -> Measurement:
+def measurement(compute: partial, what: Sum, names: Sequence[str], **settings) -> Measurement:
     """A measurement of one description."""
     about = {k: v for k, v in asdict(what).items() if k != "members"} | {"roles": [m.role for m in what.members]}
     settings = {**settings, "what": about, "data": sorted({*names, *what.tasks})}
@@ -365,7 +365,7 @@ def plane(study: Study, method: str, first: str, second: str, strangers: bool = 
         ``coefficients`` (n,), and for each dataset name an n × n list, rows α, columns β, in percent.
     """
     points, what = study.params.plane_points, _pair(study, method, first, second, strangers, seed)
-    return study.measured([_measurement(partial(_plane, study, what, points), what, what.tasks, points=points)])[0]
+    return study.measured([measurement(partial(_plane, study, what, points), what, what.tasks, points=points)])[0]
 
 
 def _plane(study: Study, what: Sum, points: int) -> dict:
@@ -400,7 +400,7 @@ def explained(
     """
     what = _pair(study, method, first, second, strangers, seed)
     policy = headline_policy(study.params, method) if strangers else "per_task"
-    rows = study.measured([_measurement(partial(_explained, study, what, policy), what, what.tasks, policy=policy)])[0]
+    rows = study.measured([measurement(partial(_explained, study, what, policy), what, what.tasks, policy=policy)])[0]
     return pd.DataFrame(rows).assign(method=method)
 
 

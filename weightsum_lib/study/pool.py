@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import math
 import os
 import queue
@@ -142,11 +143,11 @@ def _client(address: str):
     kind, _, workers = address.partition(":")
     try:
         if kind == "local":
-            options = {"nthreads": 1, "resources": {"GPU": 1}}
+            options = {"nthreads": 1, "resources": {"GPU": 1}, "silence_logs": logging.ERROR}
             gpus = ({"env": {"CUDA_VISIBLE_DEVICES": str(i)}} for i in range(int(workers)))
             spec = {i: {"cls": Nanny, "options": options | gpu} for i, gpu in enumerate(gpus)}
             scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": ":0"}}
-            client = Client(SpecCluster(workers=spec, scheduler=scheduler))
+            client = Client(SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.ERROR))
         else:
             client = Client(address)
     except (OSError, ValueError) as error:

@@ -198,7 +198,7 @@ class Study:
         method = replace(config.method, protocol="independent")
         return replace(config, method=method, support="", start="random", finetune_epochs=0)
 
-    def _parents(self, config: RunConfig) -> list[RunConfig]:
+    def parents(self, config: RunConfig) -> list[RunConfig]:
         """The independent runs that a sequential run starts from."""
         if config.method.protocol != "sequential" or config.start == "random":
             return []
@@ -209,6 +209,10 @@ class Study:
         """The :func:`run_content` of a run here."""
         digests = {name: self.dataset(name).training_digest for name in (config.main, config.support) if name}
         return run_content(config, digests, self.device.type)
+
+    def with_parents(self, configs: Sequence[RunConfig]) -> list[RunConfig]:
+        """Some runs, and before each those that it starts from."""
+        return list(dict.fromkeys(c for config in configs for c in (*self.parents(config), config)))
 
     def folder(self, config: RunConfig) -> Path:
         """Where a run is kept, under the digest of its content."""
@@ -226,7 +230,7 @@ class Study:
         ``networks_at_once`` processes share the cores, one thread each, so that how many they are changes no result;
         so do the workers of a cluster. A run starts as soon as its parents are finished.
         """
-        queue = list(dict.fromkeys(c for config in configs for c in (*self._parents(config), config)))
+        queue = self.with_parents(configs)
         self._used.update(configs)
         if any(map(self.is_missing, queue)):
             with store.alone(self.results / "training.lock", report_progress):
@@ -239,22 +243,21 @@ class Study:
     def _train(self, missing: Sequence[RunConfig]) -> None:
         done = self.results / "training.done"
         done.unlink(missing_ok=True)
-        path = os.environ.get(pool.PROGRESS_VARIABLE)
-        progress = pool.Progress(sum(map(work, missing)), time.time(), str(done), path)
         numbers = {config: number for number, config in enumerate(missing, start=1)}
         with self._workers(len(missing)) as (workers, mark, shared):
-            say = workers.hear(progress)
+            path = os.environ.get(pool.PROGRESS_VARIABLE)
+            say = workers.hear(pool.Progress(sum(map(work, missing)), time.time(), str(done), path))
 
             def job(config):
                 epochs, about = config.trained_epochs, f"run {numbers[config]}/{len(missing)} {config.describe()}"
                 said = functools.partial(_say, say, {"run": about, "epochs": epochs, "work": work(config) / epochs})
-                folders = map(self.folder, [] if shared else self._parents(config))
+                folders = map(self.folder, [] if shared else self.parents(config))
                 parents = {folder.name: store.packed(folder) for folder in folders}
                 same = self.same(self.content(config))
                 call = functools.partial(_train_run, self, config, same, said, mark, parents)
                 return pool.Job(self.folder(config).name, call, work(config))
 
-            for config, files in workers.each(missing, job, self._parents):
+            for config, files in workers.each(missing, job, self.parents):
                 store.unpack(self.folder(config), files)
         done.unlink(missing_ok=True)
 
@@ -305,7 +308,7 @@ class Study:
         for left in folder.glob(".*"):  # by a process that was killed while it wrote
             left.unlink()
         datasets = {name: self.dataset(name) for name in (config.main, config.support) if name}
-        parents = [self._load(c).networks["main"] for c in self._parents(config)]
+        parents = [self._load(c).networks["main"] for c in self.parents(config)]
         checkpoint = folder / "checkpoint.safetensors"
         with _one_thread():
             run = train.train(config, datasets, start=parents, checkpoint=checkpoint, on_epoch=on_epoch)
@@ -315,7 +318,7 @@ class Study:
             "config": asdict(config),
             "data": {name: dataset.describe() for name, dataset in datasets.items()},
             "history": run.history,
-            "made_with": {**_versions(), "commit": self.commit, "device": self._device_name()},
+            "made_with": {**_versions(), "commit": self.commit, "device": self.device_name()},
         }
         store.write_sealed(folder / "run.json", content)
         checkpoint.unlink(missing_ok=True)
@@ -375,7 +378,8 @@ class Study:
         """What was read so far, by dataset (:meth:`weightsum_lib.Dataset.describe`)."""
         return {name: d.describe() for name, d in sorted(self._datasets.items()) if name in DATASETS}
 
-    def _device_name(self) -> str:
+    def device_name(self) -> str:
+        """What it computes on."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU, a thread a network"
 
     def provenance(self) -> dict:
@@ -386,7 +390,7 @@ class Study:
         return {
             "params": knobs | folders,
             "data": self.describe_data(),
-            "device": self._device_name(),
+            "device": self.device_name(),
             "precision": self.precision,
             "versions": _versions(),
             "commit": self.commit,
@@ -435,8 +439,8 @@ def _refuse(wanted: dict, here: dict) -> None:
     if other := [name for name in wanted if wanted[name] != here[name]]:
         told = "; ".join(f"{name}: {here[name]} instead of {wanted[name]}" for name in other)
         raise RuntimeError(
-            f"the worker {platform.node()}, process {os.getpid()}, has other {', '.join(other)} than who asks it ({told}); "
-            "weightsum_lib was edited while it ran, or is another there: start it again with the same"
+            f"the worker {platform.node()}, process {os.getpid()}, has other {', '.join(other)} than who asks it "
+            f"({told}); weightsum_lib was edited while it ran, or is another there: start it again with the same"
         )
 
 

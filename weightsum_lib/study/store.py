@@ -252,8 +252,7 @@ def packed(folder: Path) -> dict[str, bytes]:
 def unpack(folder: Path, files: Mapping[str, bytes]) -> None:
     """Put files that have travelled into a folder, the last one last, each in one piece."""
     for name, content in files.items():
-        with replaced(folder / name) as temporary:
-            temporary.write_bytes(content)
+        write_bytes(folder / name, content)
 
 
 def lock(path: Path) -> FileLock:
