@@ -130,7 +130,7 @@ MOMENTS += ["before run.json", "after run.json"]
 
 
 def test_a_study_that_is_killed_again_and_again_ends_as_if_it_never_was(tmp_path, never_killed):
-    for moment in ("half checkpoint", "before run.json"):
+    for moment in ("half checkpoint", "after run.json"):
         killed(tmp_path, moment)
     said = go_on(tmp_path, never_killed)
     epochs = 2 * 4 + 1 + 4  # two parents, a fine-tuning, a pair
@@ -176,7 +176,8 @@ def test_a_file_that_finds_no_room_is_named_with_what_it_needed_and_nothing_half
     assert process.returncode == 2 and "Traceback" not in said, said
     last = said.splitlines()[-1]
     assert re.search(r"error: .*/[\w/.-]+.safetensors can't be written: File too large \([\d,]+ bytes were nee", last)
-    assert not list(tmp_path.rglob("*.safetensors"))
+    assert all(store.read_tensors(path) for path in tmp_path.rglob("*.safetensors"))
+    assert not [path for path in tmp_path.rglob(".*") if LEFT.fullmatch(path.name)]
 
 
 @contextlib.contextmanager

@@ -232,9 +232,12 @@ class Study:
         """
         queue = self.with_parents(configs)
         self._used.update(configs)
-        if any(map(self.is_missing, queue)):
+        missing = [c for c in queue if self.is_missing(c)]
+        for config in set(queue).difference(missing):  # what a process left that was killed at the very end
+            (self.folder(config) / "checkpoint.safetensors").unlink(missing_ok=True)
+        if missing:
             with store.alone(self.results / "training.lock", report_progress):
-                self._train([c for c in queue if self.is_missing(c)])
+                self._train([c for c in missing if self.is_missing(c)])
 
     def is_missing(self, config: RunConfig) -> bool:
         """Whether a run is not finished yet."""
