@@ -152,6 +152,7 @@ def test_a_study_survives_ten_kills_and_more(tmp_path, never_killed, at_once):
         if len(made(tmp_path)) == 4:
             go_on(tmp_path, never_killed, at_once)
             shutil.rmtree(tmp_path / "runs")
+    print(f"\n{survived} kills survived, networks at once: {at_once}")
     assert survived >= 10
     go_on(tmp_path, never_killed, at_once)
 
