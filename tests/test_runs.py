@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
@@ -259,21 +260,23 @@ def test_what_goes_wrong_in_a_worker_is_said(tmp_path, monkeypatch):
     assert not list(study.results.glob("runs/*/run.json"))
 
 
-def test_who_waits_for_another_process_says_so(tmp_path, lines):
-    lock = store.lock(tmp_path / "training.lock")
-    with lock:
-        import threading
+def test_who_waits_for_another_process_says_for_whom_and_for_how_long(tmp_path):
+    path, said = tmp_path / "training.lock", []
 
-        study = Study(tiny_params(tmp_path))
-        thread = threading.Thread(target=study.run, args=[study.config("independent", "mnist")])
+    def wait():
+        with store.alone(path, said.append):
+            pass
+
+    thread = threading.Thread(target=wait)
+    with store.alone(path):
         thread.start()
-        while thread.is_alive() and not lines():
+        while thread.is_alive() and not said:
             time.sleep(0.01)
-        assert re.match(
-            r"another process.* holds training.lock; waiting .*; then what is still missing is trained", lines()[0]
-        )
-    thread.join(60)
-    assert not thread.is_alive() and lines()[-1].startswith("run 1/1")
+        holder = rf"another process \(process {os.getpid()}, since \d\d:\d\d:\d\d\) holds training.lock; waiting"
+        assert re.match(holder, said[0])
+    thread.join(10)
+    assert not thread.is_alive() and re.match(r"training.lock: waited \d+ s", said[1])
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
 
 
 def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):

@@ -26,7 +26,7 @@ from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
 _MOST_AT_ONCE = 4  # a worker takes about a gigabyte
-_LOADED = 24  # runs whose networks are kept in memory
+_LOADED = 1 << 30  # bytes of networks that are kept in memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -229,10 +229,13 @@ class Study:
         """
         queue = self.with_parents(configs)
         self._used.update(configs)
-        if any(map(self.is_missing, queue)):
+        missing = [c for c in queue if self.is_missing(c)]
+        for config in set(queue).difference(missing):  # what a process left that was killed at the very end
+            (self.folder(config) / "checkpoint.safetensors").unlink(missing_ok=True)
+        if missing:
             then = "then what is still missing is trained here"
             with store.alone(self.results / "training.lock", lambda line: report_progress(f"{line}; {then}")):
-                self._train([c for c in queue if self.is_missing(c)])
+                self._train([c for c in missing if self.is_missing(c)])
 
     def is_missing(self, config: RunConfig) -> bool:
         """Whether a run is not finished yet."""
@@ -329,7 +332,7 @@ class Study:
             for key, tensor in expected.items():
                 tensor.copy_(found[key])
             self._loaded[folder.name] = Run(config, networks, content["history"])
-            while len(self._loaded) > _LOADED:
+            while len(self._loaded) > 1 and sum(map(_bytes_of, self._loaded.values())) > _LOADED:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(folder.name)
         return self._loaded[folder.name]
@@ -378,8 +381,10 @@ class Study:
     def provenance(self) -> dict:
         """What made a result: parameters, data, device, versions, commit, and the seconds that it took."""
         histories = {f.name: store.read_sealed(f / "run.json")["history"] for f in map(self.folder, self._used)}
+        knobs = self.params.as_dict()  # where this machine keeps its files is nobody's business
+        folders = {k: os.path.basename(v) for k, v in knobs.items() if k.endswith("_dir") and os.path.isabs(v)}
         return {
-            "params": self.params.as_dict(),
+            "params": knobs | folders,
             "data": self.describe_data(),
             "device": self.device_name(),
             "precision": self.precision,
@@ -392,6 +397,10 @@ class Study:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}}
+
+
+def _bytes_of(run: Run) -> int:
+    return sum(t.nbytes for network in run.networks.values() for t in network.state_dict().values())
 
 
 @contextlib.contextmanager
