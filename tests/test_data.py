@@ -1,5 +1,4 @@
 import hashlib
-import os
 import pickle
 import socket
 import subprocess

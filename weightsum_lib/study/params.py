@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -298,18 +299,23 @@ class _Yaml(yaml.SafeLoader):
 
     def compose_node(self, parent, index):
         start, node = self.peek_event(), super().compose_node(parent, index)
+        said = [(key.value, value) for key, value in node.value] if isinstance(start, yaml.MappingStartEvent) else []
         if getattr(start, "tag", None):
             raise yaml.YAMLError(f"a tag has no meaning here: {start.tag}\n{start.start_mark}")
-        keys = [key.value for key, _ in node.value] if isinstance(start, yaml.MappingStartEvent) else []
-        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+        if twice := [name for name, number in Counter(str(name) for name, _ in said).items() if number > 1]:
             raise yaml.YAMLError(f"'{twice[0]}' is given twice in what begins\n{start.start_mark}")
+        if any(name == "<<" and not isinstance(value, yaml.MappingNode) for name, value in said):
+            raise yaml.YAMLError(f"<< takes one mapping, not several\n{start.start_mark}")  # which double at each level
         return node
 
 
 def _read(name: str) -> dict:
     """The mapping in ``params/<name>.yaml``: its values are text, None, lists and mappings."""
     try:
-        values = yaml.load((PARAMS_DIR / f"{name}.yaml").read_text(encoding="utf-8"), _Yaml)
+        text = (PARAMS_DIR / f"{name}.yaml").read_text(encoding="utf-8")
+        if len(text) > 50_000:
+            raise ValueError("it has more than 50,000 characters")
+        values = yaml.load(text, _Yaml)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ParamsError(f"params/{name}.yaml is not YAML that can be read: {error}") from error
     if not isinstance(values, dict):
