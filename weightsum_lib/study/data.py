@@ -202,8 +202,8 @@ def _missing(name: str, path: Path) -> str:
             with store.lock(path.with_suffix(".lock")):
                 if path.exists():
                     return ""
-                # in a thread that is left behind if it takes too long
-                tensors = ThreadPool(1).apply_async(official, (name, path.parent / "raw")).get(_PATIENCE)
+                with ThreadPool(1) as pool:  # whose thread is left behind if it takes too long
+                    tensors = pool.apply_async(official, (name, path.parent / "raw")).get(_PATIENCE)
                 with store.replaced(path) as temporary:
                     save_file(tensors, temporary, {"note": _EXACT, "name": name})
                 return ""
