@@ -28,8 +28,6 @@ PARAMS_DIR = Path(__file__).parents[2] / "params"
 CLAIMS = PARAMS_DIR / "claims.yaml"
 _TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
 _LABEL = re.compile(r"[^\W_](?:[\w ,.+/×=()-]{0,62}[\w.+)])?")
-_SHORT = reprlib.Repr()  # a refused value may be of any size
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
 
 
 class ParamsError(ValueError):
@@ -48,8 +46,12 @@ def _one_of(*names):
     return names.__contains__, " or ".join(map(repr, names))
 
 
+def _is_folder(folder: str) -> bool:
+    return folder.isprintable() and len(folder.encode()) < 256 and not folder.startswith("~")
+
+
 def _is_inside(folder: str) -> bool:
-    return folder.isprintable() and os.path.normpath(folder).split(os.sep)[0] not in (".", "..", "~")
+    return _is_folder(folder) and os.path.normpath(folder).split(os.sep)[0] not in (".", "..")
 
 
 _ALL, _ALONE_OR_JOINT, _JOINT = ("independent", "sequential", "joint"), ("independent", "joint"), ("joint",)
@@ -127,7 +129,7 @@ class Params:
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
     allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
-    data_dir: str = _knob("folder of the prepared datasets; empty: no files", (str.isprintable, "printable text"))
+    data_dir: str = _knob("folder of the prepared datasets; empty: none", (_is_folder, "a path without ~, not long"))
     results_dir: str = _knob("folder of the results", (_is_inside, "a folder in the repository, or an absolute path"))
     device: str = _knob("where to compute", _one_of("auto", "cpu", "cuda"))
     precision: str = _knob("of the forward pass; auto: the processor's", _one_of("auto", "float32", "bfloat16"))
@@ -196,7 +198,7 @@ def _make(cls, values: Mapping, where: str):
         check, expected = knob.metadata["rule"]
         made[name] = value = _meant(knob.type, values.get(name, knob.default))
         if type(value) is not knob.type or not check(value):
-            got = "nothing" if value is MISSING else f"{_SHORT.repr(value)} ({type(value).__name__})"
+            got = "nothing" if value is MISSING else f"{reprlib.repr(value)} ({type(value).__name__})"
             needed = f"{knob.type.__name__} {expected}".rstrip()
             raise ParamsError(f"{where}: '{name}' ({knob.metadata['help']}) must be {needed}, got {got}")
     return cls(**made)
@@ -212,11 +214,11 @@ def _row(label, said, recipes: Mapping, where: str) -> Method:
         where: what to call the source in an error.
     """
     if type(label) is not str or not _LABEL.fullmatch(label):
-        raise ParamsError(f"{where}: a label is up to 64 letters, digits, spaces, ,.+/×=()- not {_SHORT.repr(label)}")
+        raise ParamsError(f"{where}: a label is up to 64 letters, digits, spaces, ,.+/×=()- not {reprlib.repr(label)}")
     where, known = f"{where}: method '{label}'", isinstance(recipes.get(label), Mapping)
     switches = {"seeds": said} if type(said) in (int, str) else {} if said is None else said
     if not isinstance(switches, Mapping):
-        raise ParamsError(f"{where} must be empty, a number of seeds, or switches, got {_SHORT.repr(said)}")
+        raise ParamsError(f"{where} must be empty, a number of seeds, or switches, got {reprlib.repr(said)}")
     if not known and "protocol" not in switches:
         raise ParamsError(f"{where}: no 'protocol', and no recipe of that name; {_nearest(label, recipes)}")
     own = _make(Method, switches if "protocol" in switches else {**recipes[label], **switches}, where)
@@ -259,13 +261,13 @@ def _against(p: Params) -> Iterator[str]:
         yield from (f"method '{label}': {why}" for why in _against_method(p, label))
     for name in p.allow_standin:
         if name not in list(DATASETS):
-            yield f"'allow_standin' names {_SHORT.repr(name)}; {_nearest(name, DATASETS)}"
-    few = p.calibration_images > p.train_images - p.train_images // 10
+            yield f"'allow_standin' names {reprlib.repr(name)}; {_nearest(name, DATASETS)}"
+    training = p.train_images - p.train_images // 10
     rules = {
         f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
         f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
         f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
-        f"'calibration_images' ({p.calibration_images}) is more than nine tenths of 'train_images'": few,
+        "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,
     }
     yield from (why for why, broken in rules.items() if broken)
 
