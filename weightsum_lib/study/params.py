@@ -24,6 +24,7 @@ ALONE = "keys alone"  # and those of their size that are trained plainly
 SHARED = "shared start"  # a row that the report tells of where a profile has it
 CHOICE = 100  # the first seed of networks that choices are made with
 _NAMED = ("protocol", "third", "keys", "start", "network_width", "sum_width")  # what a recipe's name stands for
+_OF_ROWS = ("rows", "parts", "merged")  # knobs that hold a recipe for each label
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 CLAIMS = PARAMS_DIR / "claims.yaml"
 _TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
@@ -56,6 +57,7 @@ def _is_inside(folder: str) -> bool:
 
 _ALL, _ALONE_OR_JOINT, _JOINT = ("independent", "sequential", "joint"), ("independent", "joint"), ("joint",)
 _THIRDS = ("none", "ce", "signed_gap", "loss_gap", "distill", "logit_difference")
+_NO_TASK = ("nothing", "noise", "patches", "blends", "any")
 _ANY, _SHARE = (lambda value: True, ""), _from(0, 1)
 
 
@@ -81,8 +83,10 @@ class Method:
     symmetric: bool = _knob("the sum must keep the support task too", _ANY, False)
     symmetric_to: str = _knob("whom that term teaches", _one_of("both", "main"), "both")
     quiet: float = _knob("factor on how loudly each network answers the other's images", _from(0, 1000), 0.0)
+    quiet_also: str = _knob("on what images of no task, too", _one_of(*_NO_TASK), "nothing")
     label_smoothing: float = _knob("share of a target spread over all classes", _SHARE, 0.0, _ALONE_OR_JOINT)
     equal_norms: bool = _knob("both networks' layers are held at equal norms", _ANY, False)
+    pruned: bool = _knob("all but the largest tenth of each hidden layer's weights are zero", _ANY, False)
     keys: str = _knob("a network's channels", _one_of("none", "random", "disjoint"), "none", _ALONE_OR_JOINT, _JOINT)
     network_width: float = _knob("factor on the width of each network", _above(0, 64), 1.0, _ALONE_OR_JOINT)
     sum_width: float = _knob("factor on the width of their sum", _above(0, 64), 1.0, _ALONE_OR_JOINT, _JOINT)
@@ -90,7 +94,7 @@ class Method:
     permuted_main: bool = _knob("in those steps the main network lies elsewhere too", _ANY, False)
     owner_statistics: bool = _knob("in the sum each channel has its owner's batch-norm statistics", _ANY, False)
     centered_scale: bool = _knob("batch norm stores its scale's deviation from 1", _ANY, False, _ALONE_OR_JOINT)
-    start: str = _knob("where networks start", _one_of("random", "shared"), "random", ("independent",))
+    start: str = _knob("where networks start", _one_of("random", "shared"), "random", _ALONE_OR_JOINT)
     seeds: int = _knob("at most so many seeds", _from(1, 1000), 1000, _ALL, ())
 
     def trained(self) -> "Method":
@@ -125,9 +129,12 @@ class Params:
     plane_points: int = _knob("points along a plane's axis", (lambda v: v in range(4, 99, 3), "4, 7, 10, … or 97"))
     seeds: int = _knob("seeds 0, 1, … of each method", _from(1, 1000))
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
+    draws: int = _knob("draws of random keys", _from(1, 1000))
     ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _from(0, 1000))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
+    merged: dict = _knob("label: recipe of each row whose networks the page beside others merges")
+    halves: list = _knob("what that page halves: datasets, their classes 0-4 and 5-9, or such with ' resnet20' behind")
     allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
     data_dir: str = _knob("folder of the prepared datasets; empty: none", (_is_folder, "a path without ~, not long"))
     results_dir: str = _knob("folder of the results", (_is_inside, "a folder in the repository, or an absolute path"))
@@ -137,8 +144,9 @@ class Params:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """The rows of the report and those of the page on what transfers, by label."""
-        return self.rows | self.parts
+        """The rows of the report, those of the page on what transfers, and those beside others, by label."""
+        report = self.rows | self.parts
+        return report | self.merged | report  # a label of both is the report's, with its seeds
 
     def method(self, label: str) -> Method:
         """The switches of a row."""
@@ -162,7 +170,7 @@ class Params:
 
     def as_dict(self) -> dict:
         """All knobs, JSON-able; read again they give equal parameters."""
-        return vars(self) | {n: {k: m.switches() for k, m in getattr(self, n).items()} for n in ("rows", "parts")}
+        return vars(self) | {n: {k: m.switches() for k, m in getattr(self, n).items()} for n in _OF_ROWS}
 
 
 def slug(label: str) -> str:
@@ -245,6 +253,7 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
         "'owner_statistics' wants disjoint keys: one owner a channel": m.owner_statistics and not disjoint,
         "'symmetric_to' wants 'symmetric: true'": m.symmetric_to != "both" and not m.symmetric,
         "'permuted_main' wants a 'permuted_support'": m.permuted_main and not m.permuted_support,
+        "'quiet_also' wants a 'quiet'": m.quiet_also != "nothing" and not m.quiet,
         f"no row with 'network_width' {m.network_width:g} is trained alone, to compare it with": not p.twin(label),
     }
     yield from (why for why, broken in rules.items() if broken)
@@ -255,16 +264,19 @@ def _against(p: Params) -> Iterator[str]:
     needed = (BASELINE, TRAINED, ALONE, DISJOINT, RANDOM)
     yield from (f"'rows' lacks '{each}', which the findings compare" for each in needed if each not in p.rows)
     slugs = {}
-    for label in (*p.rows, *p.parts):
+    for label in p.methods:
         if slugs.setdefault(slug(label), label) != label:
             yield f"the labels '{slugs[slug(label)]}' and '{label}' are one in the names of results; change one"
         yield from (f"method '{label}': {why}" for why in _against_method(p, label))
-    for name in p.allow_standin:
-        if name not in list(DATASETS):
-            yield f"'allow_standin' names {reprlib.repr(name)}; {_nearest(name, DATASETS)}"
-    training = p.train_images - p.train_images // 10
+    known = {"allow_standin": list(DATASETS), "halves": [n + arch for n in DATASETS for arch in ("", " resnet20")]}
+    for knob, names in known.items():
+        for name in (name for name in getattr(p, knob) if name not in names):
+            yield f"'{knob}' names {reprlib.repr(name)}; {_nearest(name, names)}"
+    training, beside = p.train_images - p.train_images // 10, {ALONE, DISJOINT} <= p.merged.keys()
     rules = {
         f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
+        "the page beside others wants something to halve ('halves')": not p.halves,
+        f"the page beside others wants '{ALONE}' and '{DISJOINT}' in 'merged'": not beside,
         f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
         f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
         "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,
@@ -283,7 +295,7 @@ def check(values: Mapping, where: str) -> Params:
         ParamsError: unknown, missing, of the wrong type, or impossible.
     """
     p, recipes = _make(Params, values, where), _read("recipes")
-    made = {n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in ("rows", "parts")}
+    made = {n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in _OF_ROWS}
     p = replace(p, **made)
     if why := next(_against(p), None):
         raise ParamsError(f"{where}: {why}")
