@@ -38,7 +38,7 @@ def notebook_names() -> list[str]:
 def check(p: Params) -> None:
     """Get the device and the datasets before any notebook runs, or find out that they can't be had.
 
-    A notebook then downloads nothing: what the runner could not get, a stand-in has to do for.
+    What it could not download a notebook doesn't try again: a stand-in has to do.
 
     Raises:
         ParamsError: its device is not there.
@@ -50,7 +50,6 @@ def check(p: Params) -> None:
     for name in params.DATASETS:
         folder = str(Path(p.results_dir) / "standins")
         data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, folder)
-    os.environ[data.NO_DOWNLOAD] = "1"
 
 
 @functools.lru_cache
