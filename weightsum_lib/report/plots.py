@@ -1,6 +1,7 @@
 """The report's figures: axes with units, intervals, one message in the title, Okabe–Ito colours, an opaque ground.
 
-Most take a summary (:func:`weightsum_lib.report.tables.summarize`) and the message, and return the figure.
+Most take a summary (:func:`weightsum_lib.report.tables.summarize`) and the message, and return the figure. None is
+wider than nine inches, so that a phone shows its letters.
 """
 
 import textwrap
@@ -11,16 +12,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from weightsum_lib.report.findings import CHANCE
-from weightsum_lib.report.tables import Interval, fraction, title
+from weightsum_lib.report.tables import Interval, fraction, span, title
 
 # Okabe & Ito 2008: told apart by colour-blind readers; markers differ too, for print.
 BEFORE, AFTER, CONTROL = "#0072B2", "#D55E00", "#009E73"
-_OTHERS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_MARKERS = "osD^vP*X"  # eight, and seven colours: no two of 56 lines look the same
+_COLOURS = [BEFORE, AFTER, CONTROL, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+_LINES = cycler(color=_COLOURS * 8) + cycler(marker=[*"osD^vP*X"] * 7)  # no two of 56 look the same
 BARS = ", bars: 95 % interval"
 _NETWORKS = {  # how the columns of a summary are shown
     "before": {"label": "alone, before the sum", "color": BEFORE, "fmt": "o", "mfc": "white"},
@@ -31,9 +33,10 @@ _NETWORKS = {  # how the columns of a summary are shown
 
 def use_style() -> None:
     """Set the report's look for every figure drawn after it."""
-    sns.set_theme(style="whitegrid", palette=[BEFORE, AFTER, CONTROL, *_OTHERS])
+    sns.set_theme(style="whitegrid")
     plt.rcParams |= {"figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 110}
     plt.rcParams |= {"axes.titlesize": 12, "axes.titlelocation": "left", "legend.frameon": False}
+    plt.rcParams |= {"axes.prop_cycle": _LINES, "lines.markersize": 6, "errorbar.capsize": 3}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -45,13 +48,13 @@ def _panels(columns: int, size: tuple[float, float], rows: int = 1, **options) -
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def _of_tasks(summary: pd.DataFrame, size: tuple[float, float]) -> tuple[Figure, list[tuple[Axes, str, pd.DataFrame]]]:
-    """A figure with a panel a tested task: the panel, the task, and the summary's rows of it."""
+def _of_tasks(summary: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with a panel a tested task, and each panel with the summary's rows of its task."""
     names = summary.index.unique("tested")
-    figure, ((*panels,),) = _panels(len(names), size, sharey=True)
+    figure, ((*panels,),) = _panels(len(names), (9, height), sharey=True)
     for axes, name in zip(panels, names, strict=True):
         axes.set_title(f"on {title(name)}")
-    return figure, [(axes, n, summary.xs(n, level="tested")) for axes, n in zip(panels, names, strict=True)]
+    return figure, [(axes, summary.xs(name, level="tested")) for axes, name in zip(panels, names, strict=True)]
 
 
 def _done(figure: Figure, message: str) -> Figure:
@@ -70,8 +73,7 @@ def _done(figure: Figure, message: str) -> Figure:
 
 def _spread(cells: Iterable[Interval]) -> tuple[np.ndarray, np.ndarray]:
     """Means (n,), and how far the interval reaches below and above them (2, n); without one 0."""
-    cells = [cell if cell.low is not None else cell._replace(low=cell.mean, high=cell.mean) for cell in cells]
-    mean, low, high = np.array([cell[:3] for cell in cells]).T
+    mean, low, high = np.array([(c.mean, *(c.mean if end is None else end for end in c[1:3])) for c in cells]).T
     return mean, np.clip([mean - low, high - mean], 0, None)
 
 
@@ -87,7 +89,7 @@ def _dumbbells(axes: Axes, summary: pd.DataFrame, networks: Sequence[str], task:
     axes.hlines(y, *(_spread(summary[end])[0] for end in ("before", "after")), color="0.7", lw=2, zorder=1)
     for network in networks:
         means, halves = _spread(summary[network])
-        axes.errorbar(means, y, xerr=halves, ms=8, capsize=3, mew=1.8, zorder=2, **_NETWORKS[network])
+        axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, zorder=2, **_NETWORKS[network])
     axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
     axes.set_yticks(y, [label if isinstance(label, str) else label[0] for label in summary.index])
     axes.set(ylim=(len(summary) - 0.5, -0.5), xlim=(0, 101))
@@ -115,8 +117,8 @@ def unmet(summary: pd.DataFrame, message: str) -> Figure:
         summary: by method and tested task, with ``before``, ``after``, ``other``, ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, (10, 2 + 0.21 * len(summary)))
-    for axes, _, rows in panels:
+    figure, panels = _of_tasks(summary, 2 + 0.21 * len(summary))
+    for axes, rows in panels:
         _dumbbells(axes, rows, ("before", "after", "other"))
     return _done(figure, message)
 
@@ -131,21 +133,21 @@ def curves(histories: Mapping[str, Sequence[dict]], main: str, support: str, mes
         message: what the figure says.
     """
     series = {
-        "main": (f"θ_main on {main}", BEFORE, "o"),
-        "sum": (f"the sum on {main}", AFTER, "s"),
-        "third": ("third term", AFTER, "X"),
-        "support": (f"θ_support on {support}", CONTROL, "^"),
+        "main": ("C0o-", f"θ_main on {main}"),
+        "sum": ("C1s-", f"the sum on {main}"),
+        "third": ("C1X-", "third term"),
+        "support": ("C2^-", f"θ_support on {support}"),
     }
     units = {"loss": "training loss\n(nats)", "val": "validation\naccuracy (%)"}
     figure, grid = _panels(2, (9, 1 + 1.7 * len(histories)), len(histories), sharex=True, sharey="col")
     for row, (method, epochs) in zip(grid, histories.items(), strict=True):
         history = pd.DataFrame(epochs).set_index("epoch")
-        for axes, (kind, unit) in zip(row, units.items(), strict=True):
-            for name in (name for name in series if f"{kind}_{name}" in history):
-                label, colour, marker = series[name]
-                axes.plot(history[f"{kind}_{name}"], marker=marker, ms=5, color=colour, label=label)
-            axes.set_ylabel(unit, fontsize=10)
         row[0].set_title(method)
+        for axes, (kind, unit) in zip(row, units.items(), strict=True):
+            axes.set_ylabel(unit, fontsize=10)
+            for name, (look, label) in series.items():
+                if f"{kind}_{name}" in history:
+                    axes.plot(history[f"{kind}_{name}"], look, ms=5, label=label)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
@@ -153,11 +155,15 @@ def curves(histories: Mapping[str, Sequence[dict]], main: str, support: str, mes
     return _done(figure, message)
 
 
-def _by_layer(axes: Axes, rows: pd.DataFrame, column: str) -> None:
+def _by_layer(axes: Axes, rows: pd.DataFrame, column: str, unit: str) -> None:
     """A line a method over the layers."""
-    for i, (method, own) in enumerate(rows.groupby("method", sort=False)):
-        axes.plot(own["layer"], own[column], marker=_MARKERS[i % len(_MARKERS)], ms=6, alpha=0.85, label=method)
+    shown = rows.pivot(index="layer", columns="method", values=column)
+    shown = shown.reindex(index=rows["layer"].unique(), columns=rows["method"].unique())
+    axes.plot(shown.index, shown, alpha=0.85, label=[*shown])
     axes.tick_params(axis="x", rotation=60)
+    axes.set_ylabel(unit)
+    if column == "explained":
+        axes.set_ylim(0, 1.03)
 
 
 def layers(rows: pd.DataFrame, explained: pd.DataFrame, message: str) -> Figure:
@@ -168,18 +174,15 @@ def layers(rows: pd.DataFrame, explained: pd.DataFrame, message: str) -> Figure:
         explained: ``method``, ``layer``, ``explained``.
         message: what the figure says.
     """
-    figure, ((left, right, last),) = _panels(3, (13, 4.8))
-    _by_layer(last, explained, "explained")
-    last.set(ylim=(0, 1.03), ylabel="variance in the sum that θ_main explains")
-    for axes, column, even in ((left, "norm_ratio", 1), (right, "cosine", 0)):
-        _by_layer(axes, rows, column)
-        axes.axhline(even, color="0.4", lw=1, ls=":")
-    left.set(yscale="log", ylabel="‖W_main‖ / ‖W_support‖")
-    left.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50])
-    left.yaxis.set_major_formatter("{x:g}")
-    left.minorticks_off()
-    left.set_ylim(min(0.2, rows["norm_ratio"].min() / 1.2), max(5, rows["norm_ratio"].max() * 1.2))
-    right.set(ylabel="cosine of the two weights", ylim=(-1, 1.05))
+    figure, ((ratio,), (cosine,), (last,)) = _panels(1, (8.5, 9.5), 3)
+    _by_layer(ratio, rows, "norm_ratio", "‖W_main‖ / ‖W_support‖")
+    _by_layer(cosine, rows, "cosine", "cosine of the two weights")
+    _by_layer(last, explained, "explained", "variance in the sum\nthat θ_main explains")
+    ratio.axhline(1, color="0.4", lw=1, ls=":")
+    cosine.axhline(0, color="0.4", lw=1, ls=":")
+    ratio.set(yscale="log", ylim=(min(0.2, rows["norm_ratio"].min() / 1.2), max(5, rows["norm_ratio"].max() * 1.2)))
+    ratio.yaxis.set_major_formatter("{x:g}")
+    cosine.set_ylim(-1, 1.05)
     return _done(figure, message)
 
 
@@ -216,18 +219,15 @@ def policies(shown: Mapping[str, pd.Series], names: Sequence[str], message: str)
         message: what the figure says.
     """
     methods = next(iter(shown.values())).index.unique("method")
-    width = 0.08 * max(map(len, methods)) + 3.5 * len(shown)
-    figure, ((*panels,),) = _panels(len(shown), (width, 1.6 + 0.38 * len(methods)), sharey=True)
+    figure, ((*panels,),) = _panels(len(shown), (9, 1.6 + 0.38 * len(methods)), sharey=True)
     for axes, (heading, cells) in zip(panels, shown.items(), strict=True):
-        values = pd.Series(_spread(cells)[0], cells.index).unstack("policy").reindex(index=methods, columns=list(names))
-        axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-        for (y, x), value in np.ndenumerate(values.fillna(-1)):
-            if value >= 0:
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", size=9, color="k" if value > 50 else "w")
-        axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], size=9)
-        axes.set_yticks(range(len(methods)), methods, size=9)
-        axes.set_title(heading)
-        axes.grid(False)
+        means = cells.map(lambda cell: cell.mean).unstack("policy").reindex(index=methods, columns=list(names))
+        means.columns = [name.replace("_", "\n") for name in names]
+        look = {"vmin": 0, "vmax": 100, "cmap": "cividis", "cbar": False, "yticklabels": False}
+        sns.heatmap(means, ax=axes, annot=True, fmt=".0f", **look)
+        axes.set(title=heading, xlabel="", ylabel="")
+        axes.set_yticks(np.arange(len(methods)) + 0.5, methods)
+        axes.tick_params(labelsize=9, rotation=0)
     return _done(figure, message)
 
 
@@ -239,20 +239,18 @@ def why(explained: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
         summary: by method and tested task, with ``loudness``, ``interference``, ``n``.
         message: what the figure says.
     """
+    figure = plt.figure(figsize=(9, 6.2 + 0.15 * len(summary)), layout="constrained")
+    inside, *panels = figure.subplot_mosaic([[0, 0], [1, 2]], height_ratios=[3, 1.5 + 0.15 * len(summary)]).values()
     both = summary.index.unique("tested")
-    figure, ((left, *panels),) = _panels(3, (13, 3.6 + 0.15 * len(summary)), width_ratios=[1.3, 1, 1])
-    _by_layer(left, explained, "explained")
-    left.set(ylim=(0, 1.03), ylabel=f"variance explained\nby θ of {title(both[0])} alone")
-    left.set_title(f"inside the sum, on {title(both[0])}, seed 0")
+    _by_layer(inside, explained, "explained", f"variance explained\nby θ of {title(both[0])} alone")
+    inside.set_title(f"inside the sum, on {title(both[0])}, seed 0")
     kinds = {"loudness": "lost to the other's loud answers", "interference": "lost to interference of weights"}
     for axes, name in zip(panels, both, strict=True):
         lost = summary.xs(name, level="tested")
         points = lost[list(kinds)].map(lambda cell: max(cell.mean, 0)).rename(columns=kinds)
-        points.set_axis(lost.index.get_level_values("method")).plot.barh(
-            stacked=True, ax=axes, color=[CONTROL, AFTER], width=0.8, legend=False
-        )
+        points.index = lost.index.get_level_values("method")
+        points[::-1].plot.barh(stacked=True, ax=axes, color=[CONTROL, AFTER], width=0.8, legend=False)
         axes.set(title=f"lost on {title(name)}", xlabel=f"points, {_n(lost)}", ylabel="", xlim=(0, 100))
-        axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
     panels[1].set_yticklabels([])
     return _done(figure, message)
@@ -265,15 +263,14 @@ def kept_by_share(summary: pd.DataFrame, message: str) -> Figure:
         summary: by line, share and tested task, with ``kept`` and ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, (11, 4.8))
-    for axes, _, rows in panels:
-        for i, (line, own) in enumerate(rows.groupby("line", sort=False)):
+    figure, panels = _of_tasks(summary, 4.8)
+    for axes, rows in panels:
+        for line, own in rows.groupby("line", sort=False):
             own = own.droplevel("line").sort_index()
-            mean, ends = _spread(own["kept"])
-            axes.errorbar(own.index, mean, ends, fmt=f"{_MARKERS[i % 8]}-", ms=6, capsize=3, alpha=0.85, label=line)
+            axes.errorbar(own.index, *_spread(own["kept"]), alpha=0.85, label=line)
         shares = rows.index.unique("share")
         axes.axhline(100, color="0.5", ls=":", lw=1, label="nothing is lost")
-        axes.set(xscale="log", xlabel=f"share of the sum's channels that each network has, k\n{_n(rows, BARS)}")
+        axes.set(xscale="log", xlabel=f"share of the sum's channels that each has, k\n{_n(rows, BARS)}")
         axes.set_xticks(shares, [fraction(share) for share in shares])
         axes.minorticks_off()
     panels[0][0].set_ylabel("kept: after / before (%)")
@@ -287,11 +284,12 @@ def lost_by_layer(summary: pd.DataFrame, message: str) -> Figure:
         summary: by layer and tested task, with ``interference`` and ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, (10, 3.2))
-    for axes, _, rows in panels:
+    figure, panels = _of_tasks(summary, 3.4)
+    for axes, rows in panels:
         mean, ends = _spread(rows["interference"])
-        axes.bar([layer.rpartition(".")[2] for layer in rows.index], mean, yerr=ends, capsize=3, color=AFTER)
-        axes.set_xlabel(f"layer with random keys, {_n(rows, BARS)}")
+        axes.bar([layer.rpartition(".")[2] for layer in rows.index], mean, yerr=ends, color=AFTER)
+        axes.set_xlabel(f"layer with random keys\n{_n(rows, BARS)}")
+        axes.tick_params(axis="x", rotation=60)
     panels[0][0].set_ylabel("points lost to\nshared channels")
     return _done(figure, message)
 
@@ -306,12 +304,11 @@ def number_of_networks(rows: pd.DataFrame, message: str) -> Figure:
     figure, ((axes,),) = _panels(1, (8, 4.4))
     means = rows.assign(of_ensemble=100 * rows["ensemble"] / rows["before"])[["kept", "of_ensemble"]]
     means = means.groupby(["method", "share", "networks"], sort=False).mean()
-    for i, ((method, share), own) in enumerate(means.groupby(["method", "share"], sort=False)):
-        own = own.droplevel(["method", "share"])
-        axes.plot(own["kept"], f"{_MARKERS[i % 8]}-", ms=6, label=f"{method}, k = {fraction(share)}")
-    for i, (method, own) in enumerate(means.groupby("method", sort=False)):
+    for (method, share), own in means.groupby(["method", "share"], sort=False):
+        axes.plot(own["kept"].droplevel(["method", "share"]), label=f"{method}, k = {fraction(share)}")
+    for style, (method, own) in zip(("--", ":"), means.groupby("method", sort=False), strict=False):
         ensemble = own["of_ensemble"].groupby("networks").first()
-        axes.plot(ensemble, "k", ls=("--", ":")[i % 2], lw=1, label=f"{method}: ensemble of the logits")
+        axes.plot(ensemble, "k", ls=style, marker="", lw=1, label=f"{method}: ensemble of the logits")
     axes.axhline(100, color="0.5", ls=":", lw=1)
     axes.set(xlabel="networks in the sum, seed 0", ylabel="kept (%),\nmean of the tasks")
     axes.set_xticks(means.index.unique("networks"))
@@ -341,24 +338,20 @@ def speed(steps: pd.DataFrame, device: str) -> Figure:
     """How long each way of making a step takes, as a multiple of the floor.
 
     Args:
-        steps: ``setting``, ``way``, ``label``, ``ratio_to_floor`` and its ``ratio_quartiles``.
+        steps: ``setting``, ``way``, ``label`` and ``ratio_to_floor``, a mean of turns and their quartiles.
         device: what it was measured on.
     """
     settings = steps.groupby("setting", sort=False)
     figure, ((*panels,),) = _panels(len(settings), (3.4 + 2.6 * len(settings), 3.6), sharey=True)
     for axes, (setting, shown) in zip(panels, settings, strict=True):
-        ratios, (low, high) = shown["ratio_to_floor"], np.array(shown["ratio_quartiles"].tolist()).T
+        ratios, around = _spread(shown["ratio_to_floor"])
         colours = np.where(shown["way"].str.startswith("ours"), AFTER, BEFORE)
-        around = (ratios - low).clip(0), (high - ratios).clip(0)
-        bars = axes.barh(
-            shown["label"].str.replace("`", ""), ratios, xerr=around, color=colours, alpha=0.85, height=0.6
-        )
+        bars = axes.barh(shown["label"], ratios, xerr=around, color=colours, alpha=0.85, height=0.6)
         axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=9)
         axes.axvline(1, color="0.3", ls=":", lw=1)
         axes.set(xlabel="time of a step / floor", title=setting.partition(", ")[2])
         axes.margins(x=0.18)
         axes.grid(axis="y", visible=False)
     panels[0].invert_yaxis()
-    ours = steps["ratio_to_floor"][steps["way"] == "ours"]
-    between = f"{ours.min():.2f}" + (f" to {ours.max():.2f}" if len(ours) > 1 else "")
-    return _done(figure, f"The three-term step takes {between} times as long as its floor ({device})")
+    ours = [cell.mean for cell in steps["ratio_to_floor"][steps["way"] == "ours"]]
+    return _done(figure, f"The three-term step takes {span(ours)} times as long as its floor ({device})")
