@@ -38,7 +38,12 @@ study = Study(p)
 plots.use_style()
 main_title, support_title = tables.title(MAIN), tables.title(SUPPORT)
 every_policy = tables.wide(measure.pairs(study, MAIN, SUPPORT), own={MAIN: "main", SUPPORT: "support"})
-Markdown(tables.data_notice(study.describe_data()))
+sums = every_policy.xs("per_task", level="policy")
+summary = tables.summarize(sums, ["method", "tested"])
+on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))
+MARGINS = {MAIN: 1.0, SUPPORT: 3.0}  # points that a network may be worse than alone, and still count
+finding = findings.of_pair(on_main, findings.counts(sums, TRAINED, BASELINE, MARGINS), main_title)
+Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
 plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks see: a test image of each class")
@@ -51,12 +56,6 @@ plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks
 # same unlabelled training images of SVHN (policy `per_task`). The control is θ_support on SVHN.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
-sums = every_policy.xs("per_task", level="policy")
-summary = tables.summarize(sums, ["method", "tested"])
-on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))
-MARGINS = {MAIN: 1.0, SUPPORT: 3.0}  # points that a network may be worse than alone, and still count
-counted = findings.counts(sums, TRAINED, BASELINE, MARGINS)
-finding = findings.of_pair(on_main, counted, main_title)
 after = on_main["after"]
 message = f"{main_title} after the sum: {after[TRAINED].mean:.1f} % together, {after[BASELINE].mean:.1f} % apart"
 plots.before_after(on_main, message, main_title)

@@ -319,7 +319,8 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     }  # fmt: skip
     content = {"headline": [row("joint ce", 97.5), row("independent", 11.0)], "provenance": provenance}
     content["intervals"] = {"joint_ce.gap_mnist": Interval(0.05, 0.02, 0.08, 3)._asdict()}
-    page.write_headline(tmp_path, tmp_path / "none")
+    with pytest.raises(RuntimeError, match=r"no front page without results.*make notebooks"):
+        page.write_headline(tmp_path, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     (tmp_path / "01_mnist_cifar10.json").write_text(json.dumps(content))
     page.write_headline(tmp_path, tmp_path / "out")

@@ -4,11 +4,17 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from weightsum_lib.core.keys import Channels, Key, embed, widen
 from weightsum_lib.core.weights import WeightSum
+
+
+def linear_sum_assignment(*arguments, **options):
+    """scipy's, imported where it is called: all else in the core needs torch alone."""
+    from scipy import optimize
+
+    return optimize.linear_sum_assignment(*arguments, **options)
 
 
 class Ensemble(nn.Module):
