@@ -218,6 +218,7 @@ def test_the_price_is_what_a_twin_of_the_same_seed_can_do_more():
     priced = tables.price(
         tables.wide(pd.DataFrame(frame)), {"full": "full", "small": "small", "keyed": "small"}, "full"
     )
+    assert tables.summarize(priced, ["method", "tested"])["gap_size"]["keyed", "mnist"] == (1.5, None, None, 1)
     priced = priced.xs("mnist", level="tested").reset_index().set_index(["method", "seed"])
     assert priced.loc[("keyed", 0), ["before", "gap_full", "gap_size"]].tolist() == [96.0, 3.0, 1.5]
     assert ("keyed", 1) not in priced.index  # no twin has that seed

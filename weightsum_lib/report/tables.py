@@ -165,8 +165,10 @@ def summarize(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     seeds = rows.groupby([*by, "seed"], sort=False)
     groups = seeds.mean().groupby(list(by), sort=False)
     found = groups.agg({c: partial(interval, percent=c in _PERCENT) for c in rows}).assign(n=groups.size())
-    of_draws = {"worst": seeds["kept"].min().groupby(list(by)).min(), "sampling": groups["sampling"].mean()}
-    return found.assign(**of_draws, spread=seeds["kept"].std().groupby(list(by)).mean())
+    if "kept" in rows:
+        of_draws = {"worst": seeds["kept"].min().groupby(list(by)).min(), "sampling": groups["sampling"].mean()}
+        found = found.assign(**of_draws, spread=seeds["kept"].std().groupby(list(by)).mean())
+    return found
 
 
 def paired(rows: pd.DataFrame, a: str, b: str, column: str) -> Interval | None:
