@@ -57,14 +57,14 @@ plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks
 # weights θ_main + θ_support, on the same test images. Both have their batch-norm statistics re-estimated on the
 # same unlabelled training images of MNIST (policy `per_task`). The control is θ_support on MNIST.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, and of the support network there, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
 after = on_main["after"]
 message = f"{main_title} after the sum: {after[TRAINED].mean:.1f} % together, {after[BASELINE].mean:.1f} % apart"
 plots.before_after(on_main, message, main_title)
 
 # %% tags=["hide-input"]
 main_table = tables.table(on_main, ["before", "after", "gap", "kept", "other"])
-main_table.style.hide(axis="index")
+tables.shown(main_table, marked=[BASELINE, TRAINED])
 
 # %% [markdown]
 # `sequential` changes the summed weights, so its network is no longer θ_main + θ_support. Its two other rows are the
@@ -83,7 +83,7 @@ main_table.style.hide(axis="index")
 pairs = on_support.loc[[m for m in on_support.index if m in p.rows]]  # sequential ones are those of `independent`
 pairs = pairs.assign(counts=[findings.counts(sums, m, p.twin(m), MARGINS) for m in pairs.index])
 support_table = tables.table(pairs, ["before", "after", "other", "counts"])
-support_table.style.hide(axis="index")
+tables.shown(support_table, marked=[BASELINE, TRAINED])
 
 # %% [markdown]
 # ## Every batch-norm policy
@@ -116,7 +116,7 @@ plots.curves(histories, main_title, support_title, f"Under “{TRAINED}” {ends
 # that both count equally in the sum, so the last panel shows how much of what happens there, on the main task's images,
 # θ_main alone explains (the squared correlation of each channel with the same one of θ_main, weighted by variance).
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: ratio of the weight norms of the two networks for each layer, on a logarithmic axis. Middle: cosine between their weights. Right: variance inside the sum that the main network explains. One line for each method."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Top: ratio of the weight norms of the two networks for each layer, on a logarithmic axis. Middle: cosine between their weights. Bottom: variance inside the sum that the main network explains. One line for each method."}}
 layers = measure.layers(study, MAIN, SUPPORT)
 explained = pd.concat([measure.explained(study, m, MAIN, SUPPORT, strangers=False) for m in (BASELINE, TRAINED)])
 ratios = layers["norm_ratio"][layers["method"] == TRAINED]
@@ -124,7 +124,7 @@ plots.layers(layers, explained, f"{TRAINED}: norm ratios between {ratios.min():.
 
 # %% tags=["hide-input"]
 layer_table = tables.layer_table(layers)
-layer_table.style.hide(axis="index")
+tables.shown(layer_table, marked=[TRAINED])
 
 # %% [markdown]
 # ## Where the sum lies

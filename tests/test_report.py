@@ -266,6 +266,13 @@ def test_a_table_has_its_levels_first_tasks_side_by_side_and_n_last(pairs):
     assert list(shown) == ["Method", "Ensemble of logits (%)", "Counts", "n"]
 
 
+def test_the_rows_of_a_notebooks_table_that_matter_are_marked(pairs):
+    html = tables.shown(tables.table(on_mnist(pairs), ["after"]), "On MNIST", marked=["joint ce"]).to_html()
+    assert "On MNIST" in html and "font-weight: bold" in html
+    (marked,) = re.findall(r"((?:#T_\w+_row\d+_col\d+,? ?)+){\s*font-weight: bold", html.replace("\n", ""))
+    assert {*re.findall(r"row\d+", marked)} == {"row1"}  # of two
+
+
 def test_what_prose_and_front_page_read_is_in_the_results_file(pairs, tmp_path):
     class Study:
         params, results = params.read("smoke"), tmp_path
@@ -380,7 +387,7 @@ def _figures():
     )
     on_one = summary.xs("mnist", level="tested")
     return {
-        "before_after": plots.before_after(on_one, "message", "MNIST"),
+        "before_after": plots.before_after(on_one.assign(other=[on_one["other"].iloc[0], None]), "message", "MNIST"),
         "unmet": plots.unmet(summary, "message"),
         "curves": plots.curves({"joint ce": HISTORY, "random keys": HISTORY}, "MNIST", "CIFAR-10", "message"),
         "layers": plots.layers(LAYERS, LAYERS, "message"),

@@ -71,8 +71,9 @@ def _done(figure: Figure, message: str) -> Figure:
     return figure
 
 
-def _spread(cells: Iterable[Interval]) -> tuple[np.ndarray, np.ndarray]:
-    """Means (n,), and how far the interval reaches below and above them (2, n); without one 0."""
+def _spread(cells: Iterable[Interval | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Means (n,), and how far the interval reaches below and above them (2, n); without one 0, what is missing nan."""
+    cells = [cell if isinstance(cell, Interval) else Interval(np.nan, None, None, 0) for cell in cells]
     mean, low, high = np.array([(c.mean, *(c.mean if end is None else end for end in c[1:3])) for c in cells]).T
     return mean, np.clip([mean - low, high - mean], 0, None)
 
@@ -83,43 +84,43 @@ def _n(summary: pd.DataFrame, bars: str = "") -> str:
     return f"n = {low if low == high else f'{low} to {high}'} seed" + (f"s{bars}" if high > 1 else "")
 
 
-def _dumbbells(axes: Axes, summary: pd.DataFrame, networks: Sequence[str], task: str = "") -> None:
+def _dumbbells(axes: Axes, summary: pd.DataFrame, task: str = "") -> None:
     """A line a row of the summary, a marker a network."""
     y = range(len(summary))
     axes.hlines(y, *(_spread(summary[end])[0] for end in ("before", "after")), color="0.7", lw=2, zorder=1)
-    for network in networks:
+    for network, look in _NETWORKS.items():
         means, halves = _spread(summary[network])
-        axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, zorder=2, **_NETWORKS[network])
+        axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, zorder=2, **look)
     axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
     axes.set_yticks(y, [label if isinstance(label, str) else label[0] for label in summary.index])
-    axes.set(ylim=(len(summary) - 0.5, -0.5), xlim=(0, 101))
+    axes.set(ylim=(len(summary) - 0.5, -0.5), xlim=(0, 103))
     axes.set_xlabel(f"{task} test accuracy (%)".strip() + f"\n{_n(summary, BARS)}", fontsize=10)
     axes.grid(axis="y", visible=False)
 
 
-def before_after(summary: pd.DataFrame, message: str, task: str = "") -> Figure:
-    """Accuracy on a task before and after the sum, a line a row.
+def before_after(summary: pd.DataFrame, message: str, task: str) -> Figure:
+    """Accuracy on a task before and after the sum, and of the other network as control, a line a row.
 
     Args:
-        summary: rows with ``before``, ``after``, ``n``; the index labels them.
+        summary: rows with ``before``, ``after``, ``other``, ``n``; the index labels them.
         message: what the figure says.
-        task: title of the tested task, for the axis; empty where the labels name it.
+        task: title of the tested task, for the axis.
     """
     figure, ((axes,),) = _panels(1, (8.5, 1.8 + 0.4 * len(summary)))
-    _dumbbells(axes, summary, ("before", "after"), task)
+    _dumbbells(axes, summary, task)
     return _done(figure, message)
 
 
 def unmet(summary: pd.DataFrame, message: str) -> Figure:
-    """Task 3: each task's own network, the sum, and the other task's network as control, side by side.
+    """The same on several tasks, side by side.
 
     Args:
-        summary: by method and tested task, with ``before``, ``after``, ``other``, ``n``.
+        summary: the same by method and tested task.
         message: what the figure says.
     """
     figure, panels = _of_tasks(summary, 2 + 0.21 * len(summary))
     for axes, rows in panels:
-        _dumbbells(axes, rows, ("before", "after", "other"))
+        _dumbbells(axes, rows)
     return _done(figure, message)
 
 

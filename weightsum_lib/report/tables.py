@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 from scipy import special, stats
 
 from weightsum_lib.study import store
@@ -239,6 +240,12 @@ def _heading(name: str) -> str:
 
 def _text(cell, digits: str) -> str:
     return cell if isinstance(cell, str) else "–" if cell is None or cell != cell else format(cell, digits)
+
+
+def shown(frame: pd.DataFrame, caption: str = "", marked: Sequence[str] = ()) -> Styler:
+    """A table in a notebook: without numbers of rows, and with those rows in bold whose first cell is ``marked``."""
+    bold = frame.iloc[:, 0].isin(marked).map({True: "font-weight: bold", False: ""})
+    return frame.style.hide(axis="index").set_caption(caption).apply(lambda column: bold)
 
 
 def by_share(cells: pd.Series) -> pd.DataFrame:
