@@ -175,14 +175,17 @@ def layers(rows: pd.DataFrame, explained: pd.DataFrame, message: str) -> Figure:
         explained: ``method``, ``layer``, ``explained``.
         message: what the figure says.
     """
-    figure, ((ratio,), (cosine,), (last,)) = _panels(1, (8.5, 9.5), 3)
+    figure, ((ratio,), (cosine,), (last,)) = _panels(1, (8.5, 8.5), 3, sharex=True)
     _by_layer(ratio, rows, "norm_ratio", "‖W_main‖ / ‖W_support‖")
     _by_layer(cosine, rows, "cosine", "cosine of the two weights")
     _by_layer(last, explained, "explained", "variance in the sum\nthat θ_main explains")
     ratio.axhline(1, color="0.4", lw=1, ls=":")
     cosine.axhline(0, color="0.4", lw=1, ls=":")
-    ratio.set(yscale="log", ylim=(min(0.2, rows["norm_ratio"].min() / 1.2), max(5, rows["norm_ratio"].max() * 1.2)))
+    ratio.set_yscale("log")
+    ratio.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50])
     ratio.yaxis.set_major_formatter("{x:g}")
+    ratio.minorticks_off()
+    ratio.set_ylim(min(0.2, rows["norm_ratio"].min() / 1.2), max(5, rows["norm_ratio"].max() * 1.2))
     cosine.set_ylim(-1, 1.05)
     return _done(figure, message)
 

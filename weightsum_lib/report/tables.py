@@ -261,7 +261,7 @@ def layer_table(layers: pd.DataFrame) -> pd.DataFrame:
     """Norm ratio and cosine, a line a method: median and range over the layers."""
     columns = {"norm_ratio": "Norm ratio: median (range)", "cosine": "Cosine: median (range)"}
     found = layers.groupby("method", sort=False)[list(columns)].agg(
-        lambda values: f"{values.median():.2f} ({values.min():.2f} to {values.max():.2f})".replace("-", "−")
+        lambda values: f"{Interval(values.median(), values.min(), values.max(), len(values)):.2f}"
     )
     return found.reset_index().rename(columns={"method": "Method", **columns})
 
