@@ -58,7 +58,7 @@ plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, and of the support network there, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
 after = on_main["after"]
 message = f"{main_title} after the sum: {after[TRAINED].mean:.1f} % together, {after[BASELINE].mean:.1f} % apart"
-plots.before_after(on_main, message, main_title)
+plots.before_after(summary.xs(MAIN, level="tested", drop_level=False), message)
 
 # %% tags=["hide-input"]
 main_table = tables.table(on_main, ["before", "after", "gap", "kept", "other"])

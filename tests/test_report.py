@@ -385,10 +385,9 @@ def _figures():
         for setting in ("a, batch 1", "a, batch 2")
         for way in ("floor", "ours")
     )
-    on_one = summary.xs("mnist", level="tested")
     return {
-        "before_after": plots.before_after(on_one.assign(other=[on_one["other"].iloc[0], None]), "message", "MNIST"),
-        "unmet": plots.unmet(summary, "message"),
+        "before_after": plots.before_after(summary.assign(other=[*summary["other"][:3], None]), "message"),
+        "of_one_task": plots.before_after(summary.xs("mnist", level="tested", drop_level=False), "message"),
         "curves": plots.curves({"joint ce": HISTORY, "random keys": HISTORY}, "MNIST", "CIFAR-10", "message"),
         "layers": plots.layers(LAYERS, LAYERS, "message"),
         "plane": plots.plane({"joint ce": grid}, ("mnist", "svhn"), "message"),
@@ -411,7 +410,7 @@ def test_figures_have_a_message_and_axes_with_units_and_n(figures):
     said = {name: figure._suptitle.get_text() for name, figure in figures.items()}
     assert said.pop("speed") == "The three-term step takes 1.10 times as long as its floor (CPU)"
     assert set(said.values()) == {"message"}
-    for name in ("before_after", "unmet"):
+    for name in ("before_after", "of_one_task"):
         label = figures[name].axes[0].get_xlabel()
         assert "accuracy (%)" in label and "n = 2 seeds, bars: 95 % interval" in label
     assert "points, n = 2 seeds" in figures["why"].axes[1].get_xlabel()
@@ -451,7 +450,7 @@ def test_a_long_message_is_broken_into_lines_that_fit():
 
 FIGURES = (
     "before_after",
-    "unmet",
+    "of_one_task",
     "curves",
     "layers",
     "plane",

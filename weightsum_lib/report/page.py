@@ -59,7 +59,7 @@ def write_headline(folder: Path, target: Path) -> None:
     plots.use_style()
     target.mkdir(parents=True, exist_ok=True)
     message = f"99 % of each skill is kept by {keep.sum()} of {len(keep)} kinds of pairs"
-    plots.save(plots.unmet(kinds, message), target / "headline.png")
+    plots.save(plots.before_after(kinds, message), target / "headline.png")
     last = list(found.values())[-1]["provenance"]
     p, data = last["params"], {}
     for content in found.values():

@@ -84,43 +84,25 @@ def _n(summary: pd.DataFrame, bars: str = "") -> str:
     return f"n = {low if low == high else f'{low} to {high}'} seed" + (f"s{bars}" if high > 1 else "")
 
 
-def _dumbbells(axes: Axes, summary: pd.DataFrame, task: str = "") -> None:
-    """A line a row of the summary, a marker a network."""
-    y = range(len(summary))
-    axes.hlines(y, *(_spread(summary[end])[0] for end in ("before", "after")), color="0.7", lw=2, zorder=1)
-    for network, look in _NETWORKS.items():
-        means, halves = _spread(summary[network])
-        axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, zorder=2, **look)
-    axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
-    axes.set_yticks(y, [label if isinstance(label, str) else label[0] for label in summary.index])
-    axes.set(ylim=(len(summary) - 0.5, -0.5), xlim=(0, 103))
-    axes.set_xlabel(f"{task} test accuracy (%)".strip() + f"\n{_n(summary, BARS)}", fontsize=10)
-    axes.grid(axis="y", visible=False)
-
-
-def before_after(summary: pd.DataFrame, message: str, task: str) -> Figure:
-    """Accuracy on a task before and after the sum, and of the other network as control, a line a row.
+def before_after(summary: pd.DataFrame, message: str) -> Figure:
+    """Accuracy before and after the sum, and of the other network as control: a line a row, a panel a task.
 
     Args:
-        summary: rows with ``before``, ``after``, ``other``, ``n``; the index labels them.
-        message: what the figure says.
-        task: title of the tested task, for the axis.
-    """
-    figure, ((axes,),) = _panels(1, (8.5, 1.8 + 0.4 * len(summary)))
-    _dumbbells(axes, summary, task)
-    return _done(figure, message)
-
-
-def unmet(summary: pd.DataFrame, message: str) -> Figure:
-    """The same on several tasks, side by side.
-
-    Args:
-        summary: the same by method and tested task.
+        summary: by method and tested task, with ``before``, ``after``, ``other``, ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, 2 + 0.21 * len(summary))
+    figure, panels = _of_tasks(summary, 2 + 0.42 * len(summary.index.droplevel("tested").unique()))
     for axes, rows in panels:
-        _dumbbells(axes, rows)
+        y = range(len(rows))
+        axes.hlines(y, *(_spread(rows[end])[0] for end in ("before", "after")), color="0.7", lw=2, zorder=1)
+        for network, look in _NETWORKS.items():
+            means, halves = _spread(rows[network])
+            axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, zorder=2, **look)
+        axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
+        axes.set_yticks(y, rows.index.get_level_values(0))
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 103))
+        axes.set_xlabel(f"test accuracy (%)\n{_n(rows, BARS)}", fontsize=10)
+        axes.grid(axis="y", visible=False)
     return _done(figure, message)
 
 
