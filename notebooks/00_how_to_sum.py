@@ -209,19 +209,22 @@ max((difference[k] - v).abs().max().item() for k, v in theta_c.named_parameters(
 #
 # **Networks from different starts.** When are two minima connected: Frankle et al. 2020
 # ([1912.05671](https://arxiv.org/abs/1912.05671)), Entezari et al. 2022 ([2110.06296](https://arxiv.org/abs/2110.06296)).
-# Permuting channels first: *Git Re-Basin*, Ainsworth et al. 2023 ([2209.04836](https://arxiv.org/abs/2209.04836)); different
-# tasks: *ZipIt!*, Stoica et al. 2024 ([2305.03053](https://arxiv.org/abs/2305.03053)). Repairing the statistics afterwards:
-# REPAIR, Jordan et al. 2022 ([2211.08403](https://arxiv.org/abs/2211.08403)).
+# Permuting channels first: by what they compute, Li et al. 2016 ([1511.07543](https://arxiv.org/abs/1511.07543)); by their
+# weights, *Git Re-Basin*, Ainsworth et al. 2023 ([2209.04836](https://arxiv.org/abs/2209.04836)). Merging channels within
+# networks of different tasks too: *ZipIt!*, Stoica et al. 2024 ([2305.03053](https://arxiv.org/abs/2305.03053)). Repairing
+# the statistics afterwards: REPAIR, Jordan et al. 2022 ([2211.08403](https://arxiv.org/abs/2211.08403)).
 #
 # **The nearest relative**: *Composable sparse subnetworks via a maximum-entropy principle*, Caso et al., ICLR 2026
 # ([OpenReview](https://openreview.net/forum?id=IHwx5ioIP2)): networks for some of the classes of one dataset, uniform on the
 # others' images and pruned, whose weights are added. New here: the networks need no pruning and no common start, come from
 # different datasets, and meet for the first time in the sum, under keys that each draws for itself. And what is lost is
-# told apart: loud answers, shared channels, batch-norm statistics.
+# told apart: loud answers, shared channels, batch-norm statistics. Both are measured on the same networks
+# [beside others](05_beside_others).
 #
 # **Several skills in one set of weights.** *Superposition of many models into one*, Cheung et al. 2019
-# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, from which a key retrieves one. PackNet,
-# Mallya & Lazebnik 2018 ([1711.05769](https://arxiv.org/abs/1711.05769)); *Supermasks in superposition*, Wortsman et al. 2020
+# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, from which a key retrieves one; of differences
+# from one start, RanDeS, Zhou et al. 2025 ([2505.11204](https://arxiv.org/abs/2505.11204)). PackNet, Mallya & Lazebnik 2018
+# ([1711.05769](https://arxiv.org/abs/1711.05769)); *Supermasks in superposition*, Wortsman et al. 2020
 # ([2006.14769](https://arxiv.org/abs/2006.14769)).
 #
 # **Surviving a change of weights.** Flat minima by training against perturbed weights: SAM, Foret et al. 2021

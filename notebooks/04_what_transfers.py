@@ -51,12 +51,13 @@ p = params.from_notebook(globals())  # to explore the networks that `make all` t
 study = Study(p)
 plots.use_style()
 recipe, plainly = "the recipe", "networks trained plainly"
+equal_room = "the recipe, equal room in all layers"
 lines = {
     recipe: measure.curve(study, [RANDOM], BOTH, SHARES),
-    "the recipe, equal room in all layers": measure.curve(study, [RANDOM], BOTH, SHARES[1:], (0,), draws=3),
+    equal_room: measure.curve(study, [RANDOM], BOTH, SHARES[1:], narrow=(0,), draws=3),
     plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=3),
-    "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policies=("summed",), draws=3),
-    "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policies=("union",), draws=3),
+    "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="summed", draws=3),
+    "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="union", draws=3),
 }
 Markdown(tables.data_notice(study.describe_data()))
 
@@ -115,12 +116,26 @@ room_table.style.hide(axis="index")
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bars: points of accuracy that the sum loses against the ensemble when keys are random in one layer only, one group of bars a layer, for MNIST and SVHN."}}
 choosing = {"split": "val", "seeds": p.choice_seeds_of(RANDOM)}
 one_layer = [
-    measure.curve(study, [RANDOM], BOTH, (HEADLINE,), (0,), draws=5, only=layer, **choosing).assign(layer=layer)
+    measure.curve(study, [RANDOM], BOTH, narrow=(0,), draws=5, only=layer, **choosing).assign(layer=layer)
     for layer in room["layer"].unique()
 ]
 by_layer = tables.summarize(tables.wide(pd.concat(one_layer)), ["layer", "tested"])
 worst_layer = by_layer["interference"].map(lambda cell: cell.mean).groupby("layer").max().idxmax()
 plots.lost_by_layer(by_layer, f"The sum loses most to collisions in {worst_layer.rpartition('.')[2]}")
+
+# %% [markdown]
+# And draw by draw, at k = ⅛, test images: what a sum keeps against the share of the network's channels that the other one
+# uses too.
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum keeps, in percent, against the share of the network's channels that the other network uses too, a point for each draw of the keys, with room by layer and with equal room in all layers."}}
+of_draws = wide.xs(HEADLINE, level="share")
+of_draws = of_draws[of_draws.index.get_level_values("line").isin([recipe, equal_room])]
+ranked = of_draws.groupby("tested")[["shared", "kept"]].corr("spearman")["kept"].xs("shared", level=1)
+plots.by_draw(
+    of_draws,
+    "A sum of two strangers keeps less the more channels they share: rank correlation "
+    + " and ".join(f"{ranked[n]:.2f} on {tables.title(n)}".replace("-", "−") for n in BOTH),
+)
 
 # %% [markdown]
 # ## What each part is worth
@@ -129,7 +144,8 @@ plots.lost_by_layer(by_layer, f"The sum loses most to collisions in {worst_layer
 # made in this way: on validation images, with seeds that no table of test images has. Differences are paired by seed.
 
 # %% tags=["hide-input"]
-parts = measure.curve(study, [RANDOM, ALONE, *p.parts], BOTH, (HEADLINE,), **choosing)
+PARTS = [m for m in p.parts if p.method(m).keys == "random"]
+parts = measure.curve(study, [RANDOM, ALONE, *PARTS], BOTH, **choosing)
 of_parts = tables.wide(parts)
 part_table = tables.table(
     tables.against(of_parts, RANDOM, ["before", "ensemble", "after", "kept"]),
@@ -148,31 +164,57 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # ## How many fit?
 #
 # Networks of further tasks join the sum, one after another: other colours and quarter turns of the same datasets. Each
-# was trained by the recipe beside a CIFAR-10 network (the CIFAR-10 one beside inverted MNIST), and has met none of the
-# others. The ensemble of their logits stands beside every number: what it loses is lost to loudness, and no key can
-# give it back. A channel of one of N networks collides with a share (N − 1)·k of the others' on average.
+# was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside inverted MNIST), and has met none of
+# the others. The ensemble of their logits stands beside every number: what it loses is lost to loudness, and no key can
+# give it back. What keys can lose is the rest, and it follows the expected number of *other* networks on a channel,
+# (N − 1)·k. A law of two numbers is fitted to the sums of fewer networks, and held to those of the most:
+# kept of the ensemble = exp(−(c·(N − 1)·k)^b).
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "What tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys, one for disjoint keys, and one for the ensemble of the logits."}}
-PAIR = [(FIRST, SUPPORT, "main"), (SECOND, SUPPORT, "main")]  # task, the partner's task in training, role there
-NEITHER = (SUPPORT, f"{FIRST} inverted", "main")
-JOINING = [*PAIR, NEITHER, (f"{SECOND} inverted", SUPPORT, "main")][: 4 if p.parts else 3]
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
+PAIR = [FIRST, SECOND]
+NEITHER = (SUPPORT, f"{FIRST} inverted", "main")  # task, the partner's task in training, role there
+FURTHER = [f"{SECOND} inverted", f"{FIRST} turned", f"{SECOND} turned", f"{FIRST} inverted"]
+JOINING = [*PAIR, NEITHER, *FURTHER, (f"{SUPPORT} inverted", f"{FIRST} inverted", "main")]
+COUNTS = (2, 4, 8) if p.choice_seeds else (2, 3)
 grown = [
-    measure.several(study, m, JOINING[:count], seed, SHARES[1:], draws=3).assign(networks=count)
-    for m in (RANDOM, DISJOINT)
-    for count in range(2, len(JOINING) + 1)
-    for seed in p.seeds_of(m)[:1]
+    measure.curve(study, [m], JOINING[:count], SHARES[1:], draws=3, seeds=seeds).assign(networks=count)
+    for m, seeds in ((RANDOM, p.seeds_of(RANDOM)[: max(1, p.choice_seeds)]), (DISJOINT, p.seeds_of(DISJOINT)[:1]))
+    for count in COUNTS
 ]
 growing = tables.wide(pd.concat(grown))
-fit = growing["kept"].xs(RANDOM, level="method").groupby(["networks", "share"]).mean()
-most = fit.xs(len(JOINING), level="networks")
-plots.number_of_networks(
+of_random = growing.xs(RANDOM, level="method").groupby(["networks", "share"])
+law, law_table = findings.capacity(of_random["kept_of_ensemble"].mean(), COUNTS[:-1])
+most = of_random["kept"].mean().xs(COUNTS[-1], level="networks")
+plots.capacity(
     growing,
-    f"{len(JOINING)} strangers keep {most[SPARSEST]:.0f} % on average at k = 1/128, {most[HEADLINE]:.0f} % at ⅛",
+    law.kept,
+    f"{COUNTS[-1]} strangers keep {most[SPARSEST]:.0f} % on average at k = 1/128, {most[HEADLINE]:.0f} % at ⅛",
 )
 
 # %% tags=["hide-input"]
+law_table.style.hide(axis="index")
+
+# %% tags=["hide-input"]
+fitting = {tables.fraction(k): law.networks(k, 99) for k in SHARES[1:]}
+Markdown(
+    f"By the law (c = {law.scale:.3g}, b = {law.power:.2f}) so many networks fit if each is to keep 99 % of what their "
+    "ensemble reads: "
+    + ", ".join(f"{n} at {k}" for k, n in fitting.items())
+    + ". Under disjoint keys, which are agreed on, it is 1 / k of them."
+)
+
+# %% [markdown]
+# Task by task, in the largest sum. The control is the best that any of the other networks reads of a task: some of them
+# do help each other (inverted house numbers are house numbers).
+
+# %% tags=["hide-input"]
 several = tables.summarize(growing, ["method", "share", "networks", "tested"])
-several_table = tables.table(several.xs(len(JOINING), level="networks"), ["before", "ensemble", "after", "kept"])
+of_most = several.xs(COUNTS[-1], level="networks").loc[RANDOM]
+several_table = pd.concat(
+    [tables.table(own, ["before", "other", "ensemble", "after", "kept"]).assign(Task=tables.title(n))
+     for n in of_most.index.unique("tested") for own in [of_most.xs(n, level="tested")]]
+)  # fmt: skip
+several_table = several_table[["Task", *several_table.columns.drop("Task")]]
 several_table.style.hide(axis="index")
 
 # %% [markdown]
@@ -190,14 +232,23 @@ THIRDS = {
     "met neither": NEITHER,
     "met the images of both": (SUPPORT, f"{FIRST}+{SECOND}", "main"),
 }
-three = [
-    measure.several(study, DISJOINT, [*PAIR, third], seed).assign(third=label)
-    for label, third in THIRDS.items()
-    for seed in p.seeds_of(DISJOINT)[:1]
-]
+three = [measure.curve(study, [DISJOINT], [*PAIR, third]).assign(third=label) for label, third in THIRDS.items()]
 of_three = tables.summarize(tables.wide(pd.concat(three)), ["third", "tested"])
 three_table = tables.table(of_three, ["before", "ensemble", "after", "kept"])
 three_table.style.hide(axis="index")
+
+# %% [markdown]
+# Is a network quieter on strangers' images if it was taught to be quiet on more kinds? Each row below was trained to answer
+# uniformly not only on its partner's images but also on images of no task: coloured *noise* that changes every 1 to 8
+# pixels, *patches* (both tasks' images cut into 16 pieces and shuffled), or *any of these*, blends of two images among
+# them. Three networks, none of which has met another, on validation images; differences are paired by seed.
+
+# %% tags=["hide-input"]
+LOUD = [DISJOINT, *(m for m in p.parts if p.method(m).keys == "disjoint")]
+loud = measure.curve(study, LOUD, [*PAIR, NEITHER], split="val", seeds=p.choice_seeds_of(DISJOINT))
+columns = ["before", "ensemble", "after", "kept"]
+loud_table = tables.table(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
+loud_table.style.hide(axis="index")
 
 # %% [markdown]
 # ## The price
@@ -222,7 +273,7 @@ finding = findings.of_recipe(kept[recipe], kept[plainly], (HEADLINE, SPARSEST), 
 tables.save(
     NOTEBOOK,
     study,
-    {"finding": finding},
+    {"finding": finding, "law.scale": law.scale, "law.power": law.power},
     {
         **curve_tables,
         "recipe": recipe_table,
@@ -230,8 +281,11 @@ tables.save(
         "parts": part_table,
         "switches": switch_table,
         "several": several_table,
-    }
-    | {"three": three_table, "price": price_table},
+        "law": law_table,
+        "three": three_table,
+        "loudness": loud_table,
+        "price": price_table,
+    },
     intervals={**tables.intervals_of(curves), **tables.intervals_of(of_three), **tables.intervals_of(price)},
     rows=wide,
 )

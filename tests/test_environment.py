@@ -1,7 +1,11 @@
+import importlib.util
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 import zipfile
 from email import message_from_bytes
@@ -102,44 +106,134 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path):
     assert {*metadata.get_all("Provides-Extra")} == {*PROJECT["optional-dependencies"]} >= {"study", "book", "test"}
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
-@pytest.mark.parametrize("installer", ["uv", "pip"])
-def test_make_installs_the_lock_by_uv_where_it_is_there_else_by_pip(tmp_path, installer):
-    """With stand-ins for uv and Python that say how they were called."""
-    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    (tmp_path / "tools").mkdir()
-    for path in ("env/bin/python", "tools/uv") if installer == "uv" else ("env/bin/python",):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(f'#!/bin/sh\necho "{Path(path).name} $*" >> called\n')
-        (tmp_path / path).chmod(0o755)
-    for tool in ("sh", "cat", "cksum", "cut", "rm", "touch", "awk"):
-        (tmp_path / "tools" / tool).symlink_to(shutil.which(tool))
-    command = [shutil.which("make"), "lab", "VENV=env"]
-    subprocess.run(command, cwd=tmp_path, env={"PATH": str(tmp_path / "tools")}, check=True, capture_output=True)
-    first, second, *_, last = (tmp_path / "called").read_text().splitlines()
-    way = "uv pip install --python env/bin/python" if installer == "uv" else "python -m pip install"
-    assert first.startswith(way) and first.endswith("-r requirements.lock")
-    assert second.startswith(way) and second.endswith("--no-deps -e .")
-    assert last == "python -m jupyterlab notebooks/00_how_to_sum.ipynb"
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="no make")
+def clone(folder):
+    """A place for make, without the study: what is installed is a package of one line."""
+    for name in ("Makefile", "install.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "requirements.lock").touch()
+    (folder / "pyproject.toml").write_text(
+        '[project]\nname = "tiny"\nversion = "1"\n[tool.setuptools]\npackages = []\n'
+    )
+    return folder
+
+
+def make(folder, *arguments, **environment):
+    fixed = {"CONDA_DEFAULT_ENV": "", "PYTHON": sys.executable}
+    environment = {k: v for k, v in (os.environ | fixed | environment).items() if v}
+    command = ["make", *arguments]
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **out)
+
+
+def stand_in(python, said="<%s>"):
+    """A stand-in for an environment's Python that keeps how it was called."""
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nprintf "{said}\\n" "$@" >> called\n')
+    python.chmod(0o755)
+    return python
+
+
+@needs_make
 def test_make_deletes_nothing_that_it_did_not_make_and_runs_no_value_as_a_program(tmp_path):
-    """With a stand-in for Python that says how it was called."""
-    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
+    clone(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "kept").touch()
-    refused = subprocess.run(["make", "setup", "VENV=mine"], cwd=tmp_path, capture_output=True, text=True)
-    assert refused.returncode and "mine is there, and is no environment" in refused.stderr
+    refused = make(tmp_path, "setup", "VENV=mine")
+    assert "mine is there, and is no environment" in refused.communicate()[0] and refused.returncode
     assert (tmp_path / "mine" / "kept").exists()
-    python = tmp_path / "env" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\nprintf "<%s>\\n" "$@" > called\n')
-    python.chmod(0o755)
-    for value in ("$$(touch oops)", "`touch oops`", "a folder", "it's; touch oops"):
-        subprocess.run(["make", "all", "VENV=env", f"DATA_DIR={value}"], cwd=tmp_path, check=True, capture_output=True)
+    stand_in(tmp_path / "my env" / "bin" / "python")
+    for value in (
+        "$(touch oops)",
+        "$(shell touch oops)",
+        "`touch oops`",
+        "a folder",
+        "it's; touch oops",
+        '"; touch oops',
+    ):
+        done = make(tmp_path, "all", "VENV=my env", f"DATA_DIR={value}", "NOTEBOOK=03", "FORCE=1")
+        assert "Error" not in done.communicate()[0] and done.returncode == 0
         called = (tmp_path / "called").read_text().splitlines()
-        assert called[called.index("<--data-dir>") + 1] == f"<{value.replace('$$', '$')}>"
+        for option, expected in (("data-dir", value), ("notebook", "03"), ("force", "1"), ("profile", "quick")):
+            assert called[len(called) - called[::-1].index(f"<--{option}>")] == f"<{expected}>"
         assert not (tmp_path / "oops").exists()
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_the_lock_is_installed_by_uv_where_it_is_there_else_by_pip(tmp_path, uv):
+    """With stand-ins that keep how they were called."""
+    clone(tmp_path)
+    stand_in(tmp_path / "env" / "bin" / "python", "%s")
+    stand_in(tmp_path / "tools" / ("uv" if uv else "another"), "%s")
+    command, path = [sys.executable, "install.py", "env"], f"{tmp_path / 'tools'}:/bin"
+    subprocess.run(command, cwd=tmp_path, env={"PATH": path}, check=True, capture_output=True)
+    called = " ".join((tmp_path / "called").read_text().split())
+    way = "pip install -q --python env/bin/python" if uv else "-m pip install -q --disable-pip-version-check"
+    assert called == f"{way} -r requirements.lock {way} --no-deps -e ."
+
+
+@needs_make
+def test_make_uses_an_active_conda_environment_but_not_the_base(tmp_path):
+    clone(tmp_path)
+    stand_in(tmp_path / "conda" / "bin" / "python")
+    conda = {"CONDA_PREFIX": str(tmp_path / "conda"), "CONDA_DEFAULT_ENV": "weightsum"}
+    make(tmp_path, "book", **conda).wait()
+    assert "<book>" in (tmp_path / "called").read_text()
+    (tmp_path / "called").unlink()
+    other = str(stand_in(tmp_path / "other" / "python"))
+    make(tmp_path, "book", f"PYTHON={other}", **conda | {"CONDA_DEFAULT_ENV": "base"}).wait()
+    assert (tmp_path / "called").read_text().split() == ["<install.py>", "<.venv>", "<named>"]
+
+
+@pytest.mark.parametrize(("version", "refused"), [((3, 10, 4), True), ((3, 14, 0), True), ((3, 13, 9), False)])
+def test_another_python_is_refused_with_the_range(tmp_path, monkeypatch, version, refused):
+    spec = importlib.util.spec_from_file_location("install", ROOT / "install.py")
+    install = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(install)
+    clone(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "version_info", version)
+    monkeypatch.setattr(install.subprocess, "run", lambda command, **options: None)
+    said = install.install(tmp_path / ".venv", named=False)
+    wanted = f"Python 3.11 to 3.13 is needed, this is {'.'.join(map(str, version))}; name one: make all PYTHON="
+    assert said.startswith(wanted) if refused else said == ""
+    assert (tmp_path / ".venv").exists() is not refused
+    asked = Requirement("python" + PROJECT["requires-python"]).specifier
+    assert (
+        asked.contains("3.11.0")
+        and asked.contains("3.13.9")
+        and not (asked.contains("3.10.9") or asked.contains("3.14.0"))
+    )
+
+
+@needs_make
+@pytest.mark.hard
+def test_two_that_install_at_once_and_one_that_is_killed_end_with_one_whole_environment(tmp_path):
+    clone(tmp_path)
+    for moment, all_of_it in ((0.3, True), (1.5, False), (4.0, True)):  # the installer and its pip, or it alone
+        killed = make(tmp_path, "setup")
+        time.sleep(moment)
+        found = subprocess.run(
+            ["pgrep", "-g", str(killed.pid), *([] if all_of_it else ["-f", "install.py"])], capture_output=True
+        )
+        for process in map(int, found.stdout.split()):
+            os.kill(process, signal.SIGKILL)
+        killed.wait()
+    both = [make(tmp_path, "setup") for _ in "ab"]
+    said = [each.communicate()[0] for each in both]
+    assert [each.returncode for each in both] == [0, 0], said
+    assert sum("installing the locked packages" in text for text in said) == 1
+    python = tmp_path / ".venv" / "bin" / "python"
+    assert b"tiny" in subprocess.run([python, "-m", "pip", "list"], capture_output=True).stdout
+    (tmp_path / "requirements.lock").write_text("# another\n")
+    again = make(tmp_path, "setup")
+    assert "installing" in again.communicate()[0] and again.returncode == 0
+    others = [path for path in Path.home().glob(".pyenv/versions/3.1[23]*/bin/python") if path.exists()]
+    for other in others:
+        named = make(tmp_path, "setup", f"PYTHON={other}")
+        said = named.communicate()[0]
+        assert named.returncode == 0 and "installing" in said, said
+        found = subprocess.run([python, "-V"], capture_output=True, text=True).stdout
+        assert found == subprocess.run([other, "-V"], capture_output=True, text=True).stdout

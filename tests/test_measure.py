@@ -144,7 +144,7 @@ def test_a_policy_gives_the_statistics_that_it_names(study):
 
 
 def test_a_key_is_a_property_of_the_sum_and_not_of_the_run(study):
-    members = measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0)
+    members = measure.members(study, "random keys", ("mnist", "svhn"), 0)
     trained = sums.keyed(study, "random keys", members)
     wider = sums.keyed(study, "random keys", members, trained.share / 4)
     sizes = [s.key_of(0).sizes["classifier.fc2"] for s in (trained, wider)]
@@ -156,7 +156,7 @@ def test_a_key_is_a_property_of_the_sum_and_not_of_the_run(study):
 
 
 def test_narrow_layers_get_the_room_of_wider_ones(study):
-    members = measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0)
+    members = measure.members(study, "random keys", ("mnist", "svhn"), 0)
     key = sums.keyed(study, "random keys", members, 1 / 8, narrow=16).key_of(0)
     for group, size in key.channels.sizes.items():
         assert key.sizes[group] == 8 * max(size, 16), group
@@ -165,7 +165,7 @@ def test_narrow_layers_get_the_room_of_wider_ones(study):
 
 
 def test_keys_that_are_random_in_one_layer_are_disjoint_in_all_others(study):
-    members = measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0)
+    members = measure.members(study, "random keys", ("mnist", "svhn"), 0)
     what = sums.keyed(study, "random keys", members, 1 / 2, only="classifier.fc1")
     keys, drawn = ([w.key_of(i) for i in (0, 1)] for w in (what, replace(what, only="")))
     shared = overlap(*keys)
@@ -176,20 +176,21 @@ def test_keys_that_are_random_in_one_layer_are_disjoint_in_all_others(study):
 def test_redrawn_keys_move_the_networks_and_change_nothing_else(study, strangers):
     about = {"method": "random keys", "network": "sum", "policy": "by_owner"}
     of_sum = strangers[(strangers[list(about)] == pd.Series(about)).all(axis=1) & (strangers["tested"] == "mnist")]
-    assert of_sum["draw"].tolist() == list(range(measure.DRAWS)) and of_sum["accuracy"].nunique() > 1
-    members = measure.stranger_members(study, "random keys", ("mnist", "svhn"), 0)
-    what = sums.keyed(study, "random keys", members, measure.SHARE, narrow=measure.NARROW, draw=3)
+    assert of_sum["draw"].tolist() == list(range(study.params.draws)) and of_sum["confidence"].nunique() > 1
+    members = measure.members(study, "random keys", ("mnist", "svhn"), 0)
+    what = sums.keyed(study, "random keys", members, measure.SHARE, narrow=measure.NARROW, draw=1)
     keys, networks = [what.key_of(i) for i in (0, 1)], [network(study, "random keys", n) for n in ("mnist", "svhn")]
     by_hand = WeightSum(networks, keys=compact(keys))
     images = calibration(study, "mnist", "svhn")
     with autocast(study.precision, images.device):
         recalibrate(by_hand, normalize(images), torch.arange(2).repeat_interleave(len(images) // 2))
-    assert one(strangers, **about, tested="svhn", draw=3) == percent(study, by_hand, "svhn")
+    assert one(strangers, **about, tested="svhn", draw=1) == percent(study, by_hand, "svhn")
 
 
 def test_a_curve_has_every_share_draw_and_policy(study):
-    about = {"policies": ("by_owner", "summed"), "draws": 2, "split": "val"}
-    frame = measure.curve(study, ["random keys", "keys alone"], ("mnist", "svhn"), (1 / 2, 1 / 32), (0, 16), **about)
+    rows, about = ["random keys", "keys alone"], {"narrow": (0, 16), "draws": 2, "split": "val"}
+    both = (measure.curve(study, rows, ("mnist", "svhn"), (1 / 2, 1 / 32), policy=p, **about) for p in ("", "summed"))
+    frame = pd.concat(both).drop_duplicates()
     of_sum = frame[frame["network"] == "sum"]
     levels = ["method", "share", "narrow", "policy", "draw", "tested"]
     assert len(of_sum) == 2**6 and not of_sum.duplicated(levels).any()
@@ -208,7 +209,7 @@ def test_in_a_disjoint_sum_each_network_explains_all_of_its_own_channels(study):
 
 def test_more_than_two_networks_and_who_met_whom(study):
     three = [("mnist", "cifar10", "main"), ("svhn", "cifar10", "main"), ("cifar10", "mnist inverted", "main")]
-    frame = measure.several(study, "disjoint keys", three, 0)
+    frame = measure.curve(study, ["disjoint keys"], three, seeds=[0])
     networks = [network(study, "disjoint keys", task, partner) for task, partner, _ in three]
     members = [m for task, p, _ in three for m in measure.pair_members(study, "disjoint keys", task, p, 0)[:1]]
     what = sums.keyed(study, "disjoint keys", members)
@@ -217,11 +218,39 @@ def test_more_than_two_networks_and_who_met_whom(study):
     assert found == pytest.approx(percent(study, total, "svhn"), abs=2.6)
     alone = percent(study, networks[1], "svhn", calibration(study, "svhn"))
     assert one(frame, network="svhn", tested="svhn") == alone
-    met = measure.several(study, "random keys", [*three[:2], ("cifar10", "mnist", "support")], 0)
+    met = measure.curve(study, ["random keys"], [*three[:2], ("cifar10", "mnist", "support")], seeds=[0])
     pair = network(study, "random keys", "mnist", role="support")
     alone = percent(study, pair, "cifar10", calibration(study, "cifar10"))
     assert one(met, network="cifar10", tested="cifar10") == alone
-    assert (met["network"] == "sum").sum() == 3 * measure.DRAWS
+    assert (met["network"] == "sum").sum() == 3 * study.params.draws
+
+
+def test_the_channels_that_networks_share_in_a_sum_are_counted(study):
+    members = measure.members(study, "random keys", ("mnist", "svhn"), 0)
+    what = sums.keyed(study, "random keys", members, 1 / 4)
+    both, sizes = overlap(*compact([what.key_of(0), what.key_of(1)])), what.key_of(0).sizes
+    assert what.shared() == {n: pytest.approx(sum(both.values()) / len(sizes)) for n in ("mnist", "svhn")}
+    assert 0 < what.shared()["mnist"] < 1 and sums.keyed(study, "disjoint keys", members).shared() == {}
+    # of three networks a channel may be shared with either
+    third = measure.members(study, "random keys", [("cifar10", "mnist inverted", "main")], 0)
+    assert sums.keyed(study, "random keys", members + third, 1 / 4).shared()["mnist"] > what.shared()["mnist"]
+
+
+def test_disjoint_keys_make_room_for_every_network(study):
+    networks = measure.members(study, "disjoint keys", ["mnist", "svhn"] * 4, 0)
+    keys = [what.key_of(i) for what in [sums.keyed(study, "disjoint keys", networks)] for i in range(8)]
+    assert not any(share for i in range(8) for share in overlap(*compact([keys[i], keys[i - 1]])).values())
+    few, m = sums.keyed(study, "disjoint keys", networks[:2]), study.params.method("disjoint keys")
+    assert few.width == study.params.width * m.sum_width
+
+
+def test_the_worth_of_a_standin_is_that_of_a_network_which_saw_no_other_image(study):
+    rows = measure.standin_worth(study, "svhn").set_index(["policy", "tested"])["accuracy"]
+    # here the dataset is its own stand-in
+    assert rows["own", "svhn"] == rows["own", "svhn stand-in"] == rows["per_task", "svhn"]
+    made = study.dataset("svhn stand-in")
+    assert made.source == "stand-in" and made.name == "svhn stand-in"
+    assert study.run(study.config("independent", "svhn stand-in")).networks
 
 
 def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):

@@ -4,7 +4,18 @@ import pytest
 import torch
 import torchvision
 
-from weightsum_lib import Method, RunConfig, draw, hidden_channels, normalize, resnet20, vgg8, widen
+from weightsum_lib import (
+    Method,
+    RunConfig,
+    WeightSum,
+    draw,
+    hidden_channels,
+    normalize,
+    recalibrate,
+    resnet20,
+    vgg8,
+    widen,
+)
 from weightsum_lib.core import merging
 from weightsum_lib.study.data import Dataset
 from weightsum_lib.study.train import build, train
@@ -103,6 +114,10 @@ def test_a_network_with_renamed_classes_is_one_trained_on_renamed_labels(dataset
     assert not torch.equal(trained.classifier.fc3.weight, renamed.classifier.fc3.weight)
 
 
+TRANSPOSED = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), torch.nn.ConvTranspose2d(4, 2, 1)).eval()
+OF_TRANSPOSED = hidden_channels(TRANSPOSED, torch.zeros(2, 3, 4, 4))
+
+
 class Loop(torch.nn.Module):
     """x + tanh(W x): both axes of W run over the same channels."""
 
@@ -128,6 +143,137 @@ def test_a_weight_with_one_group_on_both_axes_is_matched_on_both():
     torch.testing.assert_close(merging.weight_matching(a, other, channels)(x), other(x))
 
 
+@pytest.mark.parametrize(("arch", "width"), [(vgg8, 1 / 16), (resnet20, 1 / 8)])
+def test_zipit_and_activations_find_a_permuted_copy(arch, width):
+    a, x = random_statistics(arch(width=width)), torch.randn(200, 3, 32, 32, dtype=torch.float64)
+    channels = hidden_channels(recalibrate(a, x), X)
+    shuffled = widen(a, draw(channels, 1, torch.Generator().manual_seed(1)))
+    function = a(x)
+
+    def computes(merged, wanted):
+        return torch.allclose(recalibrate(merged, x)(x), wanted, rtol=0, atol=1e-8)
+
+    matched = merging.activation_matching(a, shuffled, channels, x)
+    torch.testing.assert_close(matched(x), function)
+    assert computes(merging.average([a, matched]), function) and not computes(merging.average([a, shuffled]), function)
+    onto = {group: merging.zipped(c) for group, c in merging.correlations([a, shuffled], channels, x).items()}
+    assert [tuple(m.shape) for m in onto.values()] == [(n, 2 * n) for n in channels.sizes.values()]
+    first = dict(list(onto.items())[: len(onto) // 2])
+    for groups in (onto, first):
+        assert computes(merging.fold([a, shuffled], channels, groups), 2 * function)
+    in_place = {group: torch.eye(n).repeat(1, 2) / 2 for group, n in channels.sizes.items()}
+    assert not computes(merging.fold([a, shuffled], channels, in_place), 2 * function)
+
+
+@pytest.mark.parametrize(("arch", "width"), [(vgg8, 1 / 16), (resnet20, 1 / 8)])
+def test_folding_nothing_is_the_ensemble_and_folding_all_in_place_is_the_sum(arch, width):
+    a, b = (random_statistics(arch(width=width)) for _ in range(2))
+    x, channels = torch.randn(40, 3, 32, 32, dtype=torch.float64), hidden_channels(a, X)
+    for network in (a, b):
+        recalibrate(network, x)
+    apart = recalibrate(merging.fold([a, b], channels, {}), x)
+    torch.testing.assert_close(apart(x), merging.Ensemble([a, b])(x))
+    summed = merging.fold([a, b], channels, {g: torch.eye(n).repeat(1, 2) for g, n in channels.sizes.items()})
+    for name, p in WeightSum([a, b]).materialize().named_parameters():
+        torch.testing.assert_close(summed.get_parameter(name), p)
+
+
+def small(hidden, out):
+    """x → out · relu(hidden · x)."""
+    layers = [torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1, bias=False)]
+    for layer, weight in ((layers[0], hidden), (layers[2], [out])):
+        layer.weight.data = torch.tensor(weight, dtype=torch.float64)
+    return torch.nn.Sequential(*layers)
+
+
+def test_mergers_of_two_different_networks_by_hand():
+    """Channels of a: x₀, x₁; of b: 2·x₁, 3·x₀. So the first of a is like the second of b, and the other way round."""
+    a, b = small([[1, 0], [0, 1]], [1, 10]), small([[0, 2], [3, 0]], [100, 1000])
+    x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
+    channels = hidden_channels(a, x)
+    ((group, found),) = merging.correlations([a, b], channels, x).items()
+    wanted = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(found, wanted)
+    matched = merging.activation_matching(a, b, channels, x)
+    assert matched[0].weight.tolist() == [[3, 0], [0, 2]] and matched[2].weight.tolist() == [[1000, 100]]
+    merged = merging.fold([a, b], channels, {group: merging.zipped(found)})
+    assert merged[0].weight.tolist() == [[2, 0], [0, 1.5]] and merged[2].weight.tolist() == [[1001, 110]]
+
+
+def test_zipit_merges_within_a_network_where_it_may():
+    """Channels of a: x₀, 3·x₀; of b: x₁, 5·x₁. Merged within each, the sum computes what both do."""
+    a, b = small([[1, 0], [3, 0]], [1, 10]), small([[0, 1], [0, 5]], [100, 1000])
+    x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
+    channels = hidden_channels(a, x)
+    ((group, found),) = merging.correlations([a, b], channels, x).items()
+    merged = merging.fold([a, b], channels, {group: merging.zipped(found, beta=1.0)})
+    assert merged[0].weight.tolist() == [[2, 0], [0, 3]] and merged[2].weight.tolist() == [[11, 1100]]
+
+
+def groups(like, **options):
+    """Which channels are merged, those of the first network being 0, 1, …, where some pairs are alike."""
+    n = 1 + max(max(pair) for pair in like)
+    matrix = torch.zeros(n, n)
+    for (i, j), value in like.items():
+        matrix[i, j] = matrix[j, i] = value
+    merged = merging.zipped(matrix, **options)
+    torch.testing.assert_close(merged.sum(1), torch.ones(n // 2))
+    return {tuple(row.nonzero().flatten().tolist()) for row in merged}
+
+
+def test_what_zipit_has_merged_is_merged_again_as_alpha_says():
+    like = {(0, 2): 0.9, (0, 3): 0.8, (2, 3): 0.7, (1, 3): 0.3}
+    assert groups(like) == {(0, 2), (1, 3)}
+    assert groups(like, alpha=1.0) == {(0, 2, 3), (1,)}  # 0.7, the least, is more than 0.3
+    assert groups(like | {(2, 3): 0.2}, alpha=1.0) == {(0, 2), (1, 3)}
+
+
+def test_zipit_merges_no_more_within_a_network_than_beta_says():
+    like = {(0, 1): 0.99, (2, 3): 0.98, (2, 4): 0.5, (3, 5): 0.4, (4, 5): 0.35, (6, 7): 0.3}
+    assert groups(like) == {(0, 1), (2, 4), (3, 5), (6, 7)}
+    assert groups(like, beta=1.0) == {(0, 1), (2, 3), (4, 5), (6, 7)}
+
+
+def test_channels_that_never_change_are_alike():
+    a = small([[1, 0], [-1, 0]], [1, 1])
+    x = torch.tensor([[1.0, 0], [2, 0], [4, 0]], dtype=torch.float64)
+    (found,) = merging.correlations([a, a], hidden_channels(a, x), x).values()
+    torch.testing.assert_close(found, torch.eye(2, dtype=torch.float64).repeat(2, 2))
+
+
+def test_ties_by_hand():
+    start, a, b = (torch.nn.Linear(2, 2, bias=False) for _ in range(3))
+    for network, weight in ((start, [[1, 1], [1, 1]]), (a, [[4, 3], [1, 0.5]]), (b, [[6, -4], [2, 1]])):
+        network.weight.data = torch.tensor(weight, dtype=torch.float32)
+    # differences 3, 2, 0, −½ and 5, −5, 1, 0; trimmed to the larger half of each; the signs elected are +, −
+    merged = merging.ties(start, [a, b], scale=10, keep=0.5)
+    assert merged.weight.tolist() == [[1 + 10 * 4, 1 - 10 * 5], [1, 1]]
+
+
+def test_ties_without_trimming_and_conflict_is_task_arithmetic():
+    start, a, b = network(), network(), network()
+    with torch.no_grad():
+        for s, p, q in zip(*(n.parameters() for n in (start, a, b)), strict=True):
+            q.copy_(s + 2 * (p - s))
+    ties, plain = merging.ties(start, [a, b], 0.6, keep=1.0), merging.task_arithmetic(start, [a, b], 0.3)
+    for p, q in zip(ties.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_retrieved_from_a_superposition_is_the_network_and_the_other_under_random_signs():
+    a, b = network(), network()
+    of_a, of_b = (torch.Generator().manual_seed(seed) for seed in (1, 2))
+    stored = WeightSum([merging.random_signs(n, g) for n, g in ((a, of_a), (b, of_b))]).materialize()
+    found = merging.random_signs(stored, of_a.manual_seed(1))  # its own key once more
+    for name, p in a.named_parameters():
+        rest, other = found.get_parameter(name) - p, b.get_parameter(name)
+        if p.ndim > 1:
+            signs = (rest * other).flatten(2).sum((0, 2)).sign() if p.ndim == 4 else (rest * other).sum(0).sign()
+            other = other * signs.view(-1, *[1] * (p.ndim - 2))
+            assert len(signs) < 8 or set(signs.tolist()) == {-1.0, 1.0}
+        torch.testing.assert_close(rest, other, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("merge", "message"),
     [
@@ -136,6 +282,19 @@ def test_a_weight_with_one_group_on_both_axes_is_matched_on_both():
         (lambda: merging.relabelled(network(), torch.arange(9)), "each of the 10 classes once"),
         (lambda: merging.relabelled(network(), torch.zeros(10, dtype=torch.int64)), "each of the 10 classes once"),
         (lambda: merging.average([network(), vgg8(width=1 / 8)]), "'features.conv1_1.weight' is"),
+        (
+            lambda: merging.fold([network()] * 2, CHANNELS, {"classifier.fc1": torch.ones(1, 3)}),
+            "each of the 512 channels",
+        ),
+        (
+            lambda: merging.fold([network()] * 2, CHANNELS, {"classifier.fc1": torch.ones(2, 512)}),
+            "'classifier.fc1' in one",
+        ),
+        (
+            lambda: merging.correlations([TRANSPOSED], OF_TRANSPOSED, torch.ones(2, 3, 4, 4)),
+            "'2.weight' belongs to a Conv",
+        ),
+        (lambda: merging.fold([TRANSPOSED] * 2, OF_TRANSPOSED, {}), "expected convolutions and linear layers"),
         (lambda: merging.regmean([torch.nn.Conv2d(2, 2, 1, groups=2)] * 2, [torch.ones(1, 2, 4, 4)] * 2), "groups=2"),
         (lambda: merging.regmean([torch.nn.Conv2d(2, 2, 3, padding="same")] * 2, [torch.ones(1, 2, 4, 4)] * 2), "same"),
     ],

@@ -360,6 +360,19 @@ LAYERS = pd.DataFrame(
 HISTORY = [{"epoch": e, **{f"{k}_{n}": 1.0 * e for k in ("loss", "val") for n in ("main", "support")}} for e in (1, 2)]
 
 
+def test_the_law_of_capacity_is_found_again_and_held_to_what_it_was_not_fitted_to():
+    cells = pd.MultiIndex.from_product([(2, 4, 8), (1 / 4, 1 / 8, 1 / 32)], names=["networks", "share"])
+    true = findings.Law(0.4, 1.5)
+    kept = pd.Series([true.kept(n, k) for n, k in cells], cells)
+    law, table = findings.capacity(kept, (2, 4))
+    assert law == pytest.approx(true, rel=1e-3)
+    assert table["Part"].tolist() == ["fitted"] * 6 + ["predicted"] * 3
+    most = law.networks(1 / 32, 99)
+    assert law.kept(most, 1 / 32) >= 99 > law.kept(most + 1, 1 / 32)
+    bent = kept.where(kept.index.get_level_values("networks") < 8, 50.0)
+    assert findings.capacity(bent, (2, 4))[0] == law  # what it is held to has no part in it
+
+
 def _figures():
     """Every figure, by name, with rows whose labels are as long as the longest of the study."""
     long = "disjoint keys without quiet, gradient to main only"
@@ -377,7 +390,7 @@ def _figures():
     lines = pd.concat([drawn.rename({1.0: k}, level="share") for k in (1 / 2, 1 / 8, 1 / 128)])
     curves = tables.summarize(lines.rename_axis(index={"method": "line"}), ["line", "share", "tested"])
     layers = tables.summarize(drawn.rename_axis(index={"method": "layer"}), ["layer", "tested"])
-    several = pd.concat({n: lines for n in (2, 3)}, names=["networks"])
+    several = pd.concat({n: lines.rename({long: "random keys"}) for n in (2, 3)}, names=["networks"])
     policies = tables.summarize(rows, ["method", "policy", "tested"]).xs("mnist", level="tested")["after"]
     grid = {"coefficients": [0.0, 0.5, 1.0, 1.5], **dict.fromkeys(("mnist", "svhn"), np.eye(4).tolist())}
     steps = pd.DataFrame(
@@ -395,7 +408,8 @@ def _figures():
         "why": plots.why(LAYERS, summary, "message"),
         "curve": plots.kept_by_share(curves, "message"),
         "by_layer": plots.lost_by_layer(layers.rename({long: "classifier.fc1"}), "message"),
-        "networks": plots.number_of_networks(several, "message"),
+        "draws": plots.by_draw(drawn.assign(shared=0.1).rename_axis(index={"method": "line"}), "message"),
+        "networks": plots.capacity(several, findings.Law(0.5, 1.0).kept, "message"),
         "speed": plots.speed(steps, "CPU"),
     }
 

@@ -20,7 +20,14 @@ from weightsum_lib.study import params, store
 
 ROOT = Path(__file__).parent.parent
 SMOKE = ["--profile", "smoke", "--device", "cpu"]
-NOTEBOOKS = ["00_how_to_sum", "01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_transfers"]
+NOTEBOOKS = [
+    "00_how_to_sum",
+    "01_mnist_cifar10",
+    "02_svhn_cifar10",
+    "03_mnist_svhn",
+    "04_what_transfers",
+    "05_beside_others",
+]
 
 
 class House:

@@ -14,10 +14,10 @@ import torch
 from conftest import tiny_params
 
 from weightsum_lib import run
-from weightsum_lib.study import params, runs, store
+from weightsum_lib.study import params, pool, runs, store
 from weightsum_lib.study.config import RunConfig
 from weightsum_lib.study.params import Method, Params, ParamsError
-from weightsum_lib.study.runs import Study, run_key
+from weightsum_lib.study.runs import Study, run_content, run_key
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def lines(monkeypatch, tmp_path):
     """The progress lines that a study has said."""
     path = tmp_path / "progress"
     path.touch()
-    monkeypatch.setenv(runs.PROGRESS_VARIABLE, str(path))
+    monkeypatch.setenv(pool.PROGRESS_VARIABLE, str(path))
     return lambda: path.read_text().splitlines()
 
 
@@ -111,6 +111,19 @@ ADDED = {
 }
 
 
+def test_the_work_of_a_run_is_counted_in_the_width_of_its_networks():
+    alone, random = RunConfig(Method(), "mnist", epochs=1), Method("joint", "ce", keys="random", network_width=0.25)
+    assert runs.work(replace(alone, epochs=3)) == 3 * runs.work(alone)
+    assert 3.5 < runs.work(alone) / runs.work(replace(alone, width=0.5)) < 4.1  # convolutions: the square
+    pair = runs.work(replace(alone, method=Method("joint", "ce"), support="cifar10"))
+    assert pair == 3 * runs.work(alone)
+    keyed, narrow = replace(alone, method=random, support="cifar10"), replace(alone, width=0.25)
+    wide = replace(alone, width=0.5)  # two networks of a quarter, wherever they lie
+    assert runs.work(keyed) == 2 * runs.work(narrow) + runs.work(wide)
+    quiet = replace(keyed, method=replace(random, quiet=1.0, symmetric=True))
+    assert runs.work(quiet) == 4 * runs.work(narrow) + 2 * runs.work(wide)
+
+
 @pytest.mark.parametrize("what", ADDED)
 def test_what_a_run_does_not_use_changes_no_key(edited, what):
     assert all(edited(*ADDED[what]))
@@ -130,16 +143,15 @@ def test_an_edit_changes_the_keys_of_the_runs_that_use_it_and_no_others(edited, 
     assert edited(module, old, new) == same
 
 
-def test_a_switch_or_a_default_that_a_run_reads_is_in_its_key(monkeypatch):
+def test_a_switch_or_a_default_that_a_run_reads_is_in_its_key():
     """Also at its default: should the default be changed, the key would follow."""
     (_, pair, *_), read = configs(), []
-    monkeypatch.setattr(store, "content_key", lambda content: read.append(content) or "key")
-    run_key(pair, DIGESTS, "cpu")
+    read.append(run_content(pair, DIGESTS, "cpu"))
     method, config = read[-1]["method"], read[-1]["config"]
     assert method["symmetric"] is False and method["third"] == "ce" and "seeds" not in method and "quiet" not in method
     assert config["batch_size"] == 128 and config["precision"] == "float32"
     new = make_dataclass("New", [("loud", float, field(default=0.0))], bases=(Method,), frozen=True)
-    run_key(replace(pair, method=new(**asdict(pair.method))), DIGESTS, "cpu")
+    read.append(run_content(replace(pair, method=new(**asdict(pair.method))), DIGESTS, "cpu"))
     assert read[-1]["method"] == method
 
 
@@ -218,7 +230,10 @@ def test_networks_trained_at_once_are_those_trained_one_by_one(tmp_path, lines, 
         made.append([study.run(config).networks for config in configs])
     said = lines()
     assert len(said) == 2 * (2 * 2 + 2 + 2 * 1)  # two parents and a pair of two epochs, two fine-tunings of one
-    assert ["sequential" in line for line in said[:8]] == [False] * 6 + [True] * 2  # parents first
+    at = {what: [i for i, line in enumerate(said[:8]) if f" {what}" in line] for what in ("mnist ind", "cifar10 ind")}
+    at |= {what: [i for i, line in enumerate(said[:8]) if what in line] for what in ("from sum", "from main", "random")}
+    assert max(at["mnist ind"] + at["cifar10 ind"]) < at["from sum"][0] and max(at["mnist ind"]) < at["from main"][0]
+    assert at["from main"][0] < max(at["random"])  # it doesn't wait for what is no parent of it
     assert {line.split(" ")[1] for line in said[:8]} == {f"{i}/5" for i in range(1, 6)}
     assert said[7].endswith("0.0 min left")
     for a, b in zip(*made, strict=True):
@@ -252,14 +267,16 @@ def test_who_waits_for_another_process_says_so(tmp_path, lines):
         thread.start()
         while thread.is_alive() and not lines():
             time.sleep(0.01)
-        assert lines() == ["another process trains networks of this study; waiting until it has ended"]
+        assert lines() == [
+            "another process trains networks of this study; waiting until it has ended, to train what is missing then"
+        ]
     thread.join(10)
     assert not thread.is_alive()
 
 
 def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):
-    monkeypatch.delenv(runs.PROGRESS_VARIABLE, raising=False)
-    runs.report_progress("a line")
+    monkeypatch.delenv(pool.PROGRESS_VARIABLE, raising=False)
+    pool.report_progress("a line")
     assert capsys.readouterr().err == "a line\n"
 
 
@@ -357,7 +374,7 @@ run.params.read = lambda profile, overrides=None: read(profile, values)
 sys.exit(run.main(["train", "--profile", "smoke"]))
 """
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    environment.pop(runs.PROGRESS_VARIABLE, None)
+    environment.pop(pool.PROGRESS_VARIABLE, None)
     trains = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -44,7 +44,7 @@ class _Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("change", [{}, {"symmetric": True, "quiet": 1.0, "equal_norms": True}])
+@pytest.mark.parametrize("change", [{}, {"symmetric": True, "quiet": 1.0, "equal_norms": True, "pruned": True}])
 def test_the_host_waits_for_the_device_once_an_epoch_not_once_a_step(datasets, change):
     counts = []
     for steps in (1, 3):
@@ -147,14 +147,38 @@ def test_equal_norms_are_equal(datasets):
         assert row["norm_ratio"] == pytest.approx(1, abs=1e-4)
 
 
+def test_pruned_networks_hold_the_largest_tenth_of_each_hidden_layer(datasets):
+    run = train(having(PAIR, pruned=True, epochs=1), datasets)
+    for network in run.networks.values():
+        *hidden, last = [m.weight for m in network.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
+        assert [int(w.count_nonzero()) for w in hidden] == [max(1, int(0.1 * w.numel())) for w in hidden]
+        assert last.count_nonzero() == last.numel()
+
+
+@pytest.mark.parametrize("kind", ["noise", "patches", "blends", "any"])
+def test_images_of_no_task(kind):
+    x, y = torch.randn(6, 3, 32, 32), torch.randn(6, 3, 32, 32)
+    made = [train_module.of_no_task(kind, x, y) for _ in range(2)]
+    assert made[0].shape == x.shape and not torch.equal(*made)
+    if kind == "patches":  # the same pixels of each image, half of them from either task
+        for got, whole in zip(made[0], [*x[:3], *y[3:]], strict=True):
+            assert torch.equal(got.flatten().sort().values, whole.flatten().sort().values)
+            assert not torch.equal(got, whole)
+    if kind == "blends":
+        share = (made[0] - x) / (y - x)
+        assert share.min() > 0.29 and share.max() < 0.71 and share.flatten(1).std(1).max() < 1e-3
+
+
 def test_quietness_is_learned(datasets):
     config = having(PAIR, third="none", epochs=6)
-    loud, quiet = (train(having(config, quiet=q), datasets).networks["main"] for q in (0.0, 3.0))
+    ways = ({}, {"quiet": 3.0}, {"quiet": 3.0, "quiet_also": "noise"})
+    networks = [train(having(config, **way), datasets).networks["main"] for way in ways]
     x = normalize(datasets["cifar10"].val_images)
-    loudness = [train_module._uniformity(n(x)).item() for n in (loud, quiet)]
-    assert loudness[1] < 0.5 * loudness[0] and train_module._uniformity(torch.zeros(2, 10)) == pytest.approx(
-        0, abs=1e-6
-    )
+    loudness = [train_module._uniformity(n(x)).item() for n in networks]
+    assert loudness[1] < 0.5 * loudness[0] and train_module._uniformity(torch.zeros(2, 10)).abs() < 1e-6
+    noise = train_module.of_no_task("noise", x, x)
+    loudness = [train_module._uniformity(n(noise)).item() for n in networks]
+    assert loudness[2] < 0.5 * min(loudness[:2])
 
 
 def test_the_symmetric_term_for_main_only_teaches_the_support_network_nothing(datasets, monkeypatch):
@@ -311,3 +335,18 @@ def test_digits_are_never_mirrored(datasets, images, name, mirrored):
     dataset = replace(datasets["mnist"], name=name, train_images=left.expand(96, -1, -1, -1))
     x, _ = next(train_module.batches(replace(ALONE, main=name, batch_size=64), "main", dataset, 0, 1))
     assert (x[..., 24:].mean((1, 2, 3)) > x[..., :8].mean((1, 2, 3))).any() == mirrored
+
+
+@pytest.mark.parametrize("damage", ["empty", "another run's", "one bit"])
+def test_a_checkpoint_that_is_damaged_or_another_runs_counts_as_absent(datasets, tmp_path, damage):
+    own, other = (tmp_path / name / "checkpoint.safetensors" for name in ("own", "other"))
+    config, seen = having(ALONE, epochs=1, epoch_images=32), []
+    train(config, datasets, checkpoint=own)
+    train(config, datasets, checkpoint=own, on_epoch=seen.append)
+    assert seen == []  # it is whole: nothing is left to train
+    train(having(config, seed=1), datasets, checkpoint=other)
+    content = bytearray(own.read_bytes())
+    content[-1] ^= 1
+    own.write_bytes({"empty": b"", "another run's": other.read_bytes(), "one bit": content}[damage])
+    train(config, datasets, checkpoint=own, on_epoch=seen.append)
+    assert [row["epoch"] for row in seen] == [1]

@@ -5,10 +5,12 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -62,19 +64,22 @@ def _digests(*paths: Path) -> dict[str, str]:
     return {os.path.relpath(path, ROOT): _sha256(path, stat.st_size, stat.st_mtime_ns) for path, stat in found}
 
 
-def _takes_parameters(name: str) -> bool:
-    return 'tags=["parameters"' in (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8")
+_PARAMETERS = 'tags=["parameters"'  # of the cell below which a notebook's parameters are put in
+
+
+def _source(name: str) -> str:
+    return (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8")
 
 
 def _stamp(name: str, p: Params) -> str:
     """A digest of all that the executed notebook depends on."""
-    source = (NOTEBOOKS / f"{name}.py").read_text(encoding="utf-8")
+    source = _source(name)
     content = {"notebook": source}
     try:
         content["library"] = store.code_digest(*sorted(store.imported(source)))
     except (SyntaxError, LookupError) as error:  # it can't succeed; its page will show why
         content["library"] = str(error)
-    if _takes_parameters(name):
+    if _PARAMETERS in source:
         content["params"] = asdict(p)
         content["data"] = _digests(*(Path(p.data_dir or os.devnull) / f"{d}.safetensors" for d in params.DATASETS))
         content["device"] = p.device if p.device != "auto" else Path("/dev/nvidiactl").exists()
@@ -102,7 +107,7 @@ def execute(name: str, p: Params, folder: Path) -> bool:
         whether it succeeded.
     """
     target, stamp_file = folder / f"{name}.ipynb", folder / f"{name}.stamp.json"
-    with store.lock(folder / f"{name}.lock"):
+    with store.alone(folder / f"{name}.lock"):
         if _is_fresh(name, p, folder):
             print(f"{name}: up to date")
             return True
@@ -127,28 +132,39 @@ def _run(name: str, p: Params, target: Path) -> str:
     import nbformat
     import papermill
 
-    notebook, error = jupytext.read(NOTEBOOKS / f"{name}.py"), ""
+    notebook, error = jupytext.reads(_source(name), "py:percent"), ""
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    values = p.as_dict() if _takes_parameters(name) else {}
+    values = p.as_dict() if _PARAMETERS in _source(name) else {}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each knob that isn't in the parameters cell
     quiet = ["--log-level=CRITICAL"]  # no word of the kernel's own, an interrupt at its end
+    options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}
+    options["shutdown_kernel"] = "immediate"  # an interrupt ends it at once
     with store.replaced(target) as temporary:
-        aside = temporary.with_suffix(".ipynb")  # papermill looks at the suffix
-        options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}
+        nbformat.write(notebook, temporary)
         try:
-            papermill.execute_notebook(notebook, aside, values, **options)
+            papermill.execute_notebook(notebook, temporary, values, **options)
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}"
         except RuntimeError as failure:  # the kernel died, of lack of memory for example
             error = str(failure)
-        executed = nbformat.read(aside, as_version=4) if aside.exists() else notebook
-        aside.unlink(missing_ok=True)
-        executed.metadata.pop("papermill", None)  # where this machine keeps its files is nobody's business
+        executed = nbformat.read(temporary, as_version=4)
+        executed.metadata.pop("papermill", None)
         for cell in executed.cells:
             if "injected-parameters" in cell.metadata.get("tags", []):
                 cell.metadata["tags"].append("remove-cell")
-        nbformat.write(executed, temporary)
+        temporary.write_text(_without_paths(nbformat.writes(executed), p), encoding="utf-8")
     return error
+
+
+def _without_paths(notebook: str, p: Params) -> str:
+    """A notebook's text without the folders of this machine, which a warning or a parameter may name."""
+    folders = {p.data_dir: "DATA_DIR", p.results_dir: "RESULTS_DIR", tempfile.gettempdir(): "TMP", sys.prefix: "PYTHON"}
+    folders |= {sys.base_prefix: "PYTHON", str(Path.home()): "~", str(ROOT): "."}
+    lines = notebook.splitlines(keepends=True)
+    for folder in sorted(filter(os.path.isabs, folders), key=len, reverse=True):
+        name = re.compile(rf"(?<![\w.]){re.escape(folder)}\b")
+        lines = [line if '"image/' in line else name.sub(folders[folder], line) for line in lines]
+    return "".join(lines)
 
 
 @contextlib.contextmanager
@@ -186,13 +202,57 @@ def own_kernel() -> None:
         raise RunError(f"no kernel at {spec}; install ipykernel into this environment: `make setup`")
 
 
-def run_notebooks(p: Params, folder: Path) -> bool:
-    """Execute all notebooks of a profile, one after another; a failure doesn't stop the others."""
+def _is_edited(name: str) -> bool:
+    """Whether the .ipynb that JupyterLab or VS Code works on has other cells than the .py, which is what runs."""
+    path = NOTEBOOKS / f"{name}.ipynb"
+    if not path.is_file():
+        return False
+    import jupytext
+
+    try:
+        cells = [(cell.cell_type, cell.source.strip()) for cell in jupytext.read(path).cells]
+    except ValueError:  # no notebook
+        return True
+    return cells != [
+        (cell.cell_type, cell.source.strip()) for cell in jupytext.reads(_source(name), "py:percent").cells
+    ]
+
+
+def pair() -> None:
+    """Before JupyterLab makes each .ipynb and its .py the same, keep the older one where they differ."""
+    for name in filter(_is_edited, notebook_names()):
+        older = min((NOTEBOOKS / f"{name}.{suffix}" for suffix in ("py", "ipynb")), key=os.path.getmtime)
+        kept = shutil.copy2(older, older.with_name(f"{older.name}.bak"))
+        print(f"{name}: the .py and the .ipynb differ; the younger one counts, the other is kept as {kept}")
+
+
+def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False) -> bool:
+    """Execute the notebooks of a profile one after another, or those whose name ``begins`` so; failed ones stop none.
+
+    Args:
+        p: the profile.
+        folder: of its results.
+        begins: of the notebooks that are meant; the others stay as they are.
+        again: also where nothing has changed.
+
+    Raises:
+        RunError: there is no such notebook, or one has edits that its .py lacks.
+    """
+    names = [name for name in notebook_names() if name.startswith(begins)]
+    if not names:
+        raise RunError(f"no notebook begins with '{begins}'; there are {', '.join(notebook_names())}")
+    for name in filter(_is_edited, names):
+        pair, both = NOTEBOOKS / f"{name}.ipynb", f"notebooks/{name}.ipynb and .py differ, and the .py is what runs"
+        if pair.stat().st_mtime > (NOTEBOOKS / f"{name}.py").stat().st_mtime:
+            raise RunError(f"{both}. Keep the edit (jupytext --sync {pair}) or delete the .ipynb")
+        print(both)
     own_kernel()
-    folder.mkdir(parents=True, exist_ok=True)
-    if not all(_is_fresh(name, p, folder) for name in notebook_names()):
+    store.sweep(folder.parent)
+    for name in names if again else ():
+        (folder / f"{name}.stamp.json").unlink(missing_ok=True)
+    if not all(_is_fresh(name, p, folder) for name in names):
         check(p)
-    return all([execute(name, p, folder) for name in notebook_names()])
+    return all([execute(name, p, folder) for name in names])
 
 
 def train(p: Params, only_plan: bool) -> None:
@@ -252,7 +312,7 @@ def _keep_networks(p: Params) -> None:
 
     study = runs.Study(p)
     for name in ("mnist", "svhn"):
-        config = measure.main_config(study, params.RANDOM, name, "cifar10", seed=0)
+        config = measure.members(study, params.RANDOM, [name], 0)[0].config
         state = study.run(config).networks["main"].state_dict()
         short = {k: v if "running" in k or not v.is_floating_point() else v.bfloat16() for k, v in state.items()}
         card = {"made by": config.describe(), "arch": config.arch, "width": p.width * config.method.network_width}
@@ -272,7 +332,8 @@ def bench_files(folder: Path) -> list[Path]:
         folder: a profile's results, beside which ``make bench`` writes its own.
     """
     beside = folder.parent if (folder.parent / "bench.json").exists() else PUBLISHED
-    return [beside / "bench.json", beside / "bench.png"]
+    scale = folder.parent / "scale.json"
+    return [beside / "bench.json", beside / "bench.png", scale if scale.exists() else PUBLISHED / "scale.json"]
 
 
 def build_book(folder: Path) -> Path:
@@ -287,9 +348,14 @@ def build_book(folder: Path) -> Path:
     if missing := [name for name in notebook_names() if not (folder / f"{name}.ipynb").exists()]:
         make = f"make them first: make all PROFILE={folder.name}"
         raise RunError(f"{folder} has no executed {', '.join(missing)}; {make}")
+    for name in notebook_names() if folder != PUBLISHED else ():
+        made, kept = _digests(*_made(name, folder)), store.read_json(folder / f"{name}.stamp.json")
+        whole = isinstance(kept, dict) and kept.get("made") == made
+        if not whole and (kept is not None or len(made) > 1):  # one that failed has neither stamp nor results
+            raise RunError(f"{name} in {folder} is not as it was made; make it again: make all PROFILE={folder.name}")
     build, first = BOOK / "_build", BOOK / "_build" / "html" / "index.html"
     source, stamp_file, log = build / "source", build / "stamp.json", build / "build.log"
-    with store.lock(build / "build.lock"):
+    with store.alone(build / "build.lock"):
         used = [*_all_made(folder), *bench_files(folder)]
         pages = [path for path in BOOK.rglob("*") if not _NO_PAGES & set(path.relative_to(BOOK).parts)]
         others = [path for profile in folder.parent.iterdir() for path in _all_made(profile)]  # the table of times
@@ -321,50 +387,56 @@ def build_book(folder: Path) -> Path:
     return first
 
 
-def _overrides(arguments) -> dict:
-    """Knobs from the command line (make's variables); empty ones are not set."""
-    if arguments.seeds and not arguments.seeds.isdigit():
-        raise ParamsError(f"SEEDS must be a number of seeds such as 3, got '{arguments.seeds}'")
-    values = {
-        "data_dir": os.path.expanduser(arguments.data_dir),  # not every shell expands DATA_DIR=~/…
-        "device": arguments.device,
-        "seeds": int(arguments.seeds or 0),
-    }
-    return {name: value for name, value in values.items() if value}
+def _number(text: str) -> int:
+    if text and not text.isdigit():
+        raise ParamsError(f"SEEDS must be a number of seeds such as 3, got '{text}'")
+    return int(text or 0)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: ``python -m weightsum_lib.run {plan,train,notebooks,book,all,publish} --profile quick``."""
+    """The command line: ``python -m weightsum_lib.run {plan,train,notebooks,book,all,publish,lab} --profile quick``."""
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.run", description=__doc__)
-    parser.add_argument("step", choices=("plan", "train", "notebooks", "book", "all", "publish"))
+    parser.add_argument("step", choices=("plan", "train", "notebooks", "book", "all", "publish", "lab"))
     parser.add_argument("--profile", default="quick")
-    for option in ("--data-dir", "--seeds", "--device"):
-        parser.add_argument(option, default="")
-    arguments, succeeded = parser.parse_args(argv), True
+    for option in ("--data-dir", "--seeds", "--device", "--notebook", "--force"):
+        parser.add_argument(option, default="")  # as make's variables, of which an empty one is not set
+    given, succeeded = parser.parse_args(argv), True
     os.chdir(ROOT)
     with contextlib.suppress(ValueError):  # not in a thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if arguments.profile == "published" and arguments.step != "book":
+        if given.profile == "published" and given.step != "book":
             raise ParamsError("'published' is a stored run, not a profile to run: make book PROFILE=published")
-        if arguments.profile == "published":
-            folder = PUBLISHED
-        else:
-            p = params.read(arguments.profile, _overrides(arguments))
+        if given.step == "lab":
+            pair()
+            return 0
+        folder = PUBLISHED
+        if given.profile != "published":
+            # not every shell expands DATA_DIR=~/…
+            knobs = {
+                "data_dir": os.path.expanduser(given.data_dir),
+                "device": given.device,
+                "seeds": _number(given.seeds),
+            }
+            p = params.read(given.profile, {name: value for name, value in knobs.items() if value})
             folder = Path(p.results_dir) / p.profile
-        if arguments.step in ("plan", "train"):
-            train(p, only_plan=arguments.step == "plan")
-        if arguments.step in ("notebooks", "all"):
-            succeeded = run_notebooks(p, folder)
-        if arguments.step == "publish":
+        if given.step in ("plan", "train"):
+            train(p, only_plan=given.step == "plan")
+        if given.step in ("notebooks", "all"):
+            succeeded = run_notebooks(p, folder, given.notebook, given.force not in ("", "0"))
+        if given.step == "publish":
             publish(p, folder)
-        if arguments.step in ("book", "all"):
+        if given.step in ("book", "all"):
             print(f"The report: {build_book(folder).resolve()}")
         if not succeeded:
             print("At least one notebook failed; its page in the report shows the traceback.", file=sys.stderr)
         return 0 if succeeded else 1
     except (RuntimeError, ParamsError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, a folder that is only read
+        where = "" if isinstance(error, store.StoreError) else f"{error.filename}: "
+        print(f"error: {where}{error.strerror or error}; what is finished is kept", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished epoch of each network", file=sys.stderr)

@@ -1,8 +1,7 @@
 """Batch-norm statistics of a sum: it has none of its own, and adding its parents' would be wrong."""
 
-import math
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
 import torch
 from torch import Tensor, nn
@@ -59,79 +58,59 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable, owners: Tensor | N
         if not fit or len(count := owners.bincount()) != len(module.networks) or int(count.min()) < 2:
             raise ValueError("owners are one network number an image, of a sum and a tensor; each has two or more")
         owners = owners.to(images.device)
-    called, done, inputs, first = set(), set(), [], None
+    called, done, stops, first = set(), set(), [], None
 
-    def settle() -> None:
-        layer = inputs[0][0]
-        pooled = _pooled([piece for _, moments in inputs for piece in moments])
-        variance, mean = (value.to(layer.running_var.dtype) for value in pooled)
+    def settle(layer: _BatchNorm, moments: list[tuple], batches: int) -> None:
+        variance, mean = (value.to(layer.running_var.dtype) for value in _pooled(moments))
         if not (variance.isfinite() & mean.isfinite()).all():
             raise ValueError(f"inputs of '{names[layer]}' have no finite variance: NaN, overflow or one value alone")
         layer.running_var.copy_(variance)
         layer.running_mean.copy_(mean)
-        layer.num_batches_tracked.fill_(len(inputs))
+        layer.num_batches_tracked.fill_(batches)
         done.add(layer)
-        inputs.clear()
 
     def estimate(layer: _BatchNorm, args: tuple, kwargs: dict) -> None:
-        if layer in called or (inputs and layer not in done and layer is not inputs[0][0]):
-            raise ValueError(f"'{names[layer]}' is used twice, or not by all images: its inputs have no one mean")
+        if layer in called:
+            raise ValueError(f"'{names[layer]}' is used twice: its inputs have no one mean")
         called.add(layer)
-        if layer not in done:
-            x = (*args, *kwargs.values())[0]
-            parts = [(x, 1.0)]
-            if owners is not None:
-                parts = [(x[owners == i], share) for i, share in enumerate(_shares(module, names[layer]))]
-            inputs.append((layer, [moment for part in parts for moment in _moments(*part)]))
-            if not whole:
-                raise _Reached
-            settle()
+        if layer in done:
+            return
+        x = (*args, *kwargs.values())[0]
+        parts = [(x, 1.0)]
+        if owners is not None:
+            parts = [(x[owners == i], share) for i, share in enumerate(_shares(module, names[layer]))]
+        moments = [moment for part in parts for moment in _moments(*part)]
+        if not whole:
+            stops.append((layer, moments))
+            raise _Reached
+        settle(layer, moments, 1)
 
-    modes = {m: m.training for m in module.modules()}
-    hooks = [layer.register_forward_pre_hook(estimate, with_kwargs=True) for layer in names]
-    try:
-        for m in modes:
+    with ExitStack() as undo:
+        for m in module.modules():
+            undo.callback(setattr, m, "training", m.training)
             m.training = False
-        while first is None or inputs:
-            if inputs:
-                settle()
-            sizes, power = [], 0.0
+        for layer in names:
+            undo.enter_context(layer.register_forward_pre_hook(estimate, with_kwargs=True))
+        while first is None or stops:
+            stops.clear()
+            seen = torch.zeros(3, dtype=torch.float64)  # batches, images, and the sum of their squares
             for batch in [images] if whole else images:
                 x = batch[0] if isinstance(batch, tuple | list) else batch
                 called.clear()
                 with suppress(_Reached):
                     module(x)
-                sizes.append(len(x))
-                power += x.double().square().sum().item()
-            if sum(sizes) < 2:
-                raise ValueError(f"batch-norm statistics need two images or more, got {sum(sizes)}")
-            same = first is None or (sum(sizes) == first[0] and math.isclose(power, first[1], rel_tol=1e-9))
-            if not same or len(inputs) not in (0, len(sizes)):
+                seen += torch.tensor([1, len(x), x.double().square().sum().item()], dtype=seen.dtype)
+            if seen[1] < 2:
+                raise ValueError(f"batch-norm statistics need two images or more, got {int(seen[1])}")
+            first = seen if first is None else first
+            same = torch.allclose(seen, first, rtol=1e-9, atol=0, equal_nan=True)
+            if not same or len(stops) not in (0, seen[0]) or len({layer for layer, _ in stops}) > 1:
                 raise ValueError("the images, or what is computed on them, changed between passes (augmentation?)")
-            first = first or (sum(sizes), power)
+            if stops:
+                settle(stops[0][0], [moment for _, moments in stops for moment in moments], len(stops))
         if missed := [name for layer, name in names.items() if layer not in done]:
             raise ValueError(f"'{missed[0]}' is never reached, so that it has no inputs; remove it, or set it to None")
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for m, mode in modes.items():
-            m.training = mode
     return module
-
-
-def var_mean(x: Tensor, piece: int = 2**19) -> tuple[Tensor, Tensor]:
-    """Unbiased variance and mean of each channel, as ``torch.var_mean(x.float(), [0, 2, 3])``, five times as fast.
-
-    Two passes over pieces that fit into a CPU's cache, put together by Chan, Golub and LeVeque (1983).
-
-    Args:
-        x: (N, C) or (N, C, ...), any floating type; computed in float32 at least, put together in float64.
-        piece: values at a time, about.
-
-    Returns:
-        variance and mean, each (C,) float64.
-    """
-    return _pooled(_moments(x, piece=piece))
 
 
 def _shares(total: WeightSum, name: str) -> list[Tensor | float]:
@@ -145,7 +124,16 @@ def _shares(total: WeightSum, name: str) -> list[Tensor | float]:
 
 
 def _moments(x: Tensor, share: Tensor | float = 1.0, piece: int = 2**19) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Mean, sum of squared deviations and number of values, each (C,), of each piece; the last two times ``share``."""
+    """Mean, sum of squared deviations and number of values, each (C,), of each piece; the last two times ``share``.
+
+    With :func:`_pooled` that is ``torch.var_mean(x.float(), [0, 2, 3])``, five times as fast: two passes over pieces
+    that fit into a CPU's cache, put together by Chan, Golub and LeVeque (1983).
+
+    Args:
+        x: (N, C) or (N, C, ...), any floating type; computed in float32 at least, put together in float64.
+        share: factor on what the values count, a number or one a channel (C,).
+        piece: values at a time, about.
+    """
     moments = []
     for images in x.split(max(1, piece // max(1, x[:1].numel()))):
         values = images.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1).flatten(0, -2)

@@ -5,20 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from weightsum_lib.core.keys import Channels, Key, tensors_of, widen
+from weightsum_lib.core.keys import Channels, Key, tensors_in, tensors_of, widen
 
-# A label (node, each) of a dimension: it runs over the node's channels and has so many entries for each of them.
-# Three nodes are not hidden: of dimensions with an order of their own, as input and output have, of constants that
-# forward makes, and of those that nothing is known of.
-_FIXED, _CONSTANT, _UNKNOWN = (0, 1), (1, 1), (2, 1)
+# A label (node, each) of a dimension: it runs over the node's channels and has so many entries for each of them. A
+# node is an axis of a parameter or buffer, by name. Three have no name and are not hidden: of dimensions with an order
+# of their own, as input and output have, of constants that forward makes, and of those that nothing is known of.
+_FIXED, _CONSTANT, _UNKNOWN = (("", 0), 1), (("", 1), 1), (("", 2), 1)
 # Operations that only move entries, beside PyTorch's views.
 _MOVES = {"_unsafe_view", "repeat", "flip", "roll", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle"}
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
-_LAYERS = {"convolution", *_PRODUCTS}
+_WIDENED = "widened, it would run over the empty channels too"
 
 
 def hidden_channels(network: nn.Module, example: Tensor) -> Channels:
@@ -49,23 +48,21 @@ def hidden_channels(network: nn.Module, example: Tensor) -> Channels:
     trace = _Trace(copied, x)
     with torch.no_grad(), trace:
         output = copied(x)
-    outputs = [label for tensor in _tensors(output) for label in trace.of(tensor)]
+    outputs = [label for tensor in tensors_in(output) for label in trace.of(tensor)]
     inner = {trace.find(label)[0] for label in trace.summed}
     outputs += [label for label, *_ in trace.refused[trace.settled :] if trace.find(label)[0] not in inner]
-    for root in [trace.find(label)[0] for label in outputs]:
-        trace.above[root] = trace.above[root] if root < 3 else _FIXED
-    groups: dict[int, str] = {}  # root to name, "" for those that are not hidden
-    for node, name in enumerate(trace.names):
-        root, _ = trace.find((node, 1))
+    ends = [trace.find(label)[0] for label in (_FIXED, _CONSTANT, _UNKNOWN, *outputs)]
+    groups = dict.fromkeys(ends, "")  # root to name, "" for those that are not hidden
+    for node, (root, _) in trace.roots.items():
         if root not in groups:
-            module = name.rpartition(".")[0]
-            groups[root] = name if module in groups.values() else module
+            module = node[0].rpartition(".")[0]
+            groups[root] = node[0] if module in groups.values() else module
     for label, where, why in trace.refused:
         if group := groups[trace.find(label)[0]]:
             raise ValueError(f"{where} runs over the hidden channels of '{group}': {why}")
     axes, sizes = {}, {group: 0 for group in groups.values() if group}
     for name, tensor in tensors_of(copied, every_name=True).items():
-        if isinstance(tensor, nn.Parameter) and tensor.ndim and id(tensor) not in trace.labels:
+        if isinstance(tensor, nn.Parameter) and tensor.ndim and tensor not in trace.labels:
             raise ValueError(f"parameter '{name}' takes no part in computing the example; remove it")
         labels = [(axis, *trace.find(label)) for axis, label in enumerate(trace.of(tensor))]
         axes[name] = tuple((axis, groups[root], each) for axis, root, each in labels if groups[root])
@@ -91,7 +88,7 @@ def prove(network: nn.Module, channels: Channels, example: Tensor) -> None:
         ValueError: the output is another; the group is named.
     """
     network, x = _randomized(network, example)
-    before, generator = _tensors(network(x)), torch.Generator().manual_seed(1)
+    before, generator = tensors_in(network(x)), torch.Generator().manual_seed(1)
     if not all(t.isfinite().all() for t in before) or not any(t.any() for t in before):
         raise ValueError("with random weights the network's output is zero or not finite, which proves nothing")
     for group, size in channels.sizes.items():
@@ -101,7 +98,7 @@ def prove(network: nn.Module, channels: Channels, example: Tensor) -> None:
         places = places if (places.diff() < 0).any() else places.flip(0)  # never in order
         try:
             network = widen(network, Key(Channels(own, {group: size}), {group: places}, {group: more}))
-            pairs = zip(_tensors(network(x)), before, strict=True)
+            pairs = zip(tensors_in(network(x)), before, strict=True)
             if not all(torch.allclose(after, t, rtol=0, atol=1e-10 * t.abs().max()) for after, t in pairs):
                 raise ValueError("the output is another; are they mixed, counted or told apart?")
         except Exception as error:  # whatever a network of other sizes may raise
@@ -113,22 +110,16 @@ def _randomized(network: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]
     """A float64 copy in evaluation mode with random weights and buffers, on the CPU, and random input for it."""
     if not example.is_floating_point() or not example.numel():
         raise ValueError(f"expected an example of floating-point input, got {example.dtype} {tuple(example.shape)}")
-    for name, tensor in tensors_of(network).items():
-        if is_lazy(tensor):
-            raise ValueError(f"'{name}' has no shape yet; run the network once before its channels are looked for")
+    if lazy := [name for name, tensor in tensors_of(network).items() if nn.parameter.is_lazy(tensor)]:
+        raise ValueError(f"'{lazy[0]}' has no shape yet; run the network once before its channels are looked for")
     generator = torch.Generator().manual_seed(0)
     network = copy.deepcopy(network).to("cpu", torch.float64).eval()
     for tensor in [t for t in tensors_of(network).values() if t.is_floating_point()]:
-        if isinstance(tensor, nn.Parameter):  # of a scale that lets the effect of every layer reach the output
-            bound = (6 / tensor[0].numel()) ** 0.5 if tensor.ndim > 1 else 2.0
-            tensor.data.uniform_(-bound, bound, generator=generator)
-        else:
-            tensor.uniform_(0.5, 1.5, generator=generator)  # positive, as variances are
+        # parameters of a scale that lets the effect of every layer reach the output, buffers positive as variances are
+        bound = (6 / max(1, tensor[:1].numel())) ** 0.5 if tensor.ndim > 1 else 2.0
+        span = (-bound, bound) if isinstance(tensor, nn.Parameter) else (0.5, 1.5)
+        tensor.data.uniform_(*span, generator=generator)
     return network, torch.randn(example.shape, generator=generator, dtype=torch.float64)
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class _Trace(TorchDispatchMode):
@@ -137,13 +128,11 @@ class _Trace(TorchDispatchMode):
     def __init__(self, network: nn.Module, x: Tensor):
         super().__init__()
         self.weights = {id(tensor): name for name, tensor in tensors_of(network).items()}
-        self.above = [_FIXED, _CONSTANT, _UNKNOWN]  # node to the label of the node that it is tied to, or its own
-        self.names = ["", "", ""]  # node to the parameter or buffer that it came with
-        self.labels = {id(x): [_FIXED] * x.ndim}  # by id of the tensor
-        self.kept = [x]  # so that ids stay unique
+        self.roots = {node: (node, each) for node, each in (_FIXED, _CONSTANT, _UNKNOWN)}  # node to what it is tied to
+        self.labels = WeakTensorKeyDictionary({x: [_FIXED] * x.ndim})
         self.refused: list[tuple] = []  # (label, where, why)
         self.settled = 0  # so many refusals have layers after them; what follows only turns outputs into others
-        self.summed: list[tuple[int, int]] = []  # labels of dimensions that layers sum over
+        self.summed: list[tuple] = []  # labels of dimensions that layers sum over
         self.modules: list[str] = []  # that are computing, the innermost last
         self.operation = ""
         for name, module in network.named_modules():
@@ -151,119 +140,104 @@ class _Trace(TorchDispatchMode):
             module.register_forward_pre_hook(lambda *_, where=where: self.modules.append(where))
             module.register_forward_hook(lambda *_: self.modules.pop() and None)
 
-    def of(self, tensor: Tensor) -> list[tuple[int, int]]:
+    def of(self, tensor: Tensor) -> list[tuple]:
         """The labels of a tensor's dimensions."""
-        return self.labels.get(id(tensor), [_CONSTANT] * tensor.ndim)
+        return self.labels.get(tensor, [_CONSTANT] * tensor.ndim)
 
-    def find(self, label: tuple[int, int]) -> tuple[int, int]:
+    def find(self, label: tuple) -> tuple:
         """The label by the one node that stands for all that are tied to it."""
-        node, each = label
-        while self.above[node][0] != node:
-            node, factor = self.above[node]
-            each *= factor
-        return node, each
+        root, each = self.roots[label[0]]
+        return root, each * label[1] if root[0] else 1
 
-    def hidden(self, tensor: Tensor) -> bool:
+    def hidden(self, label: tuple) -> bool:
         """Whether a dimension is of hidden channels, as far as is known."""
-        return any(self.find(label)[0] > 2 for label in self.of(tensor))
+        return self.find(label)[0][0] != ""
 
-    def refuse(self, label: tuple[int, int], why: str) -> None:
+    def refuse(self, labels: list[tuple], why: str) -> None:
         """What happens to these channels is an error, unless they turn out to be the network's outputs."""
-        if self.find(label)[0] > 2:
-            self.refused.append((label, f"{self.modules[-1]}: {self.operation}", why))
+        hidden = [label for label in labels if self.hidden(label)]
+        self.refused += [(label, f"{self.modules[-1]}: {self.operation}", why) for label in hidden]
 
-    def tie(self, a: tuple[int, int], b: tuple[int, int]) -> None:
+    def tie(self, a: tuple, b: tuple) -> None:
         """Two dimensions run over the same channels."""
-        a, b = self.find(a), self.find(b)
-        if b[0] < 3 or (a[0] > 2 and a[1] < b[1]):
-            a, b = b, a
-        if b[0] < 3 or a in (b, _UNKNOWN):
+        a, b = sorted(map(self.find, (a, b)), key=lambda label: (self.hidden(label), -label[1]))
+        if not self.hidden(b) or a in (b, _UNKNOWN):
             return
-        if a == _FIXED:
-            if b[0] not in {self.find(label)[0] for label, *_ in self.refused}:  # an error stays one
-                self.above[b[0]] = _FIXED
-        elif a[0] == 1:
-            self.refuse(b, "forward makes a constant for them, which would not follow; make it a buffer")
-        elif a[0] == b[0] or a[1] % b[1]:
-            self.refuse(a, f"in blocks of {a[1]} entries for each channel and in blocks of {b[1]}")
-        else:
-            self.above[b[0]] = (a[0], a[1] // b[1])
+        if a == _CONSTANT:
+            self.refuse([b], "forward makes a constant for them, which would not follow; make it a buffer")
+        elif self.hidden(a) and (a[0] == b[0] or a[1] % b[1]):
+            self.refuse([a], f"in blocks of {a[1]} entries for each channel and in blocks of {b[1]}")
+        elif self.hidden(a) or b[0] not in {self.find(label)[0] for label, *_ in self.refused}:  # an error stays one
+            tied = [(node, each) for node, (root, each) in self.roots.items() if root == b[0]]
+            self.roots |= {node: (a[0], each * a[1] // b[1]) for node, each in tied}
 
-    def sum_over(self, a: tuple[int, int], b: tuple[int, int]) -> None:
+    def sum_over(self, a: tuple, b: tuple) -> None:
         """Two dimensions are summed over together. What nothing is known of is as long as it is."""
         self.tie(*(_FIXED if self.find(label) == _UNKNOWN else label for label in (a, b)))
         self.summed += [a, b]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Compute, and label the results."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        operands, results = _tensors((args, kwargs)), _tensors(out)
+        out = func(*args, **(kwargs or {}))
+        operands, results = tensors_in((args, kwargs)), tensors_in(out)
+        weights = [t for t in operands if id(t) in self.weights]
         self.operation = func.overloadpacket.__name__
-        for t in [t for t in operands if id(t) in self.weights and id(t) not in self.labels]:
-            self.labels[id(t)] = [(len(self.above) + axis, 1) for axis in range(t.ndim)]
-            self.above += self.labels[id(t)]
-            self.names += [self.weights[id(t)]] * t.ndim
-        if results and any(id(t) in self.labels for t in operands) and not self.operation.startswith("new_"):
+        for t in [t for t in weights if t not in self.labels]:
+            self.labels[t] = [((self.weights[id(t)], axis), 1) for axis in range(t.ndim)]
+            self.roots |= {label[0]: label for label in self.labels[t]}
+        if results and any(t in self.labels for t in operands) and not self.operation.startswith("new_"):
             labels = [[_FIXED] * t.ndim for t in results]
-            if self.operation == "expand" or any(self.find(label)[0] for t in operands for label in self.of(t)):
+            if self.operation == "expand" or any(self.find(label) != _FIXED for t in operands for label in self.of(t)):
                 given = {argument.name: argument.default_value for argument in func._schema.arguments}
-                given |= dict(zip(given, args, strict=False)) | kwargs
+                given |= dict(zip(given, args, strict=False)) | (kwargs or {})
                 labels = self.propagate(func, given, operands, results)
             for t, its in zip(results, labels, strict=False):
-                self.labels[id(t)] = its if len(its) == t.ndim else [_UNKNOWN] * t.ndim
-            self.kept += results
-        if self.operation in _LAYERS or any(id(t) in self.weights for t in operands):
+                self.labels[t] = its if len(its) == t.ndim else [_UNKNOWN] * t.ndim
+        if weights or self.operation in ("convolution", *_PRODUCTS):
             self.settled = len(self.refused)
         return out
 
     def propagate(self, func, given: dict[str, Any], operands: list[Tensor], results: list[Tensor]) -> list[list]:
         """The labels of an operation's results, where an operand has hidden channels."""
-        name, x, y, labels = self.operation, operands[0], results[0], self.of(operands[0])
-        why = "widened, it would run over the empty channels too"
+        name, x, y, shape, dims = self.operation, operands[0], results[0], results[0].shape, set()
         if name == "convolution":
-            return [self.convolved(x, given["weight"], given["bias"], given["transposed"], given["groups"], y)]
+            return [self.convolved(*operands[:2], operands[2:], given["transposed"], given["groups"], y)]
         if name in _PRODUCTS:
             *bias, a, b = operands
             self.sum_over(self.of(a)[-1], self.of(b)[-2])
             for one, other in zip(self.of(a)[:-2], self.of(b)[:-2], strict=True):
                 self.tie(one, other)
-            self.labels[id(y)] = [*self.of(a)[:-1], self.of(b)[-1]]
-            return [self.aligned([y, *bias], y)]
-        if "batch_norm" in name or "group_norm" in name:
-            for t in operands[1:]:
-                self.tie(self.of(t)[0], labels[1])
-            if "group_norm" in name:
-                self.refuse(labels[1], why)
-            return [labels]
+            self.labels[y] = [*self.of(a)[:-1], self.of(b)[-1]]
+            return [self.aligned([y, *bias], shape, dims)]
         if (func.is_view or name in _MOVES) and name not in ("expand", "view_as_real", "view_as_complex"):
             return self.moved(func, given, results)
-        others = [t for t in operands[1:] if self.hidden(t)]
+        others = any(self.hidden(label) for t in operands[1:] for label in self.of(t))
         if given.keys() & {"dim", "dims"} and (name == "cat" or not others):  # reductions, softmax, sorting
             dims = given.get("dim", given.get("dims"))
             dims = {d % x.ndim for d in ([dims] if isinstance(dims, int) else dims or range(x.ndim))}
-            for t in (x, *others):
-                for d, label in enumerate(self.of(t)):
-                    self.refuse(label, why) if d in dims else self.tie(labels[d], label)
-            kept = [_UNKNOWN if d in dims and x.shape != y.shape else label for d, label in enumerate(labels)]
-            return [kept if x.ndim == y.ndim else [kept[d] for d in range(x.ndim) if d not in dims]] * len(results)
-        fit = all(t.ndim <= y.ndim for t in operands)
-        after = self.aligned(operands, y) if fit else [_UNKNOWN] * y.ndim
-        if not fit or (len(results) > 1 and "pool" not in name and "dropout" not in name):  # layer norm, attention
-            for label in [label for t in operands for label in self.of(t)]:
-                self.refuse(label, why)
-        return [after] * len(results)
+            shape = shape if x.ndim == y.ndim else [1 if d in dims else n for d, n in enumerate(x.shape)]
+        fit = all(t.ndim <= len(shape) for t in operands)
+        after = self.aligned(operands, shape, dims) if fit else []
+        few = len(results) == 1 or dims or any(kind in name for kind in ("pool", "dropout", "batch_norm"))
+        if not fit or not few:  # layer norm, attention
+            self.refuse([label for t in operands for label in self.of(t)], _WIDENED)
+        return [after if x.ndim == y.ndim else [label for d, label in enumerate(after) if d not in dims]] * len(results)
 
-    def aligned(self, operands: list[Tensor], y: Tensor) -> list[tuple[int, int]]:
-        """Elementwise with broadcasting (dimensions are tied from the last one on), or pooling of other dimensions."""
-        labels = [_UNKNOWN] * y.ndim
+    def aligned(self, operands: list[Tensor], shape: list[int], dims: set[int]) -> list[tuple]:
+        """Elementwise with broadcasting (dimensions are tied from the last one on), or over some dimensions.
+
+        Those of pooling have another number of entries afterwards.
+        """
+        labels = [_UNKNOWN] * len(shape)
+        norm = "batch_norm" in self.operation or "group_norm" in self.operation
         for t in operands:
-            for d, (label, n) in enumerate(zip(self.of(t), t.shape, strict=True), start=y.ndim - t.ndim):
-                if n == 1 < y.shape[d]:
+            first = 1 if norm and t.ndim == 1 else len(shape) - t.ndim
+            for d, (label, n) in enumerate(zip(self.of(t), t.shape, strict=True), start=first):
+                if d in dims or 1 != n != shape[d]:
+                    self.refuse([label], _WIDENED if d in dims else "their number changes")
+                    labels[d] = labels[d] if self.hidden(label) else _FIXED
+                elif n < shape[d]:
                     self.tie(label, _FIXED)
-                elif n != y.shape[d]:
-                    self.refuse(label, "their number changes")
-                    labels[d] = labels[d] if self.find(label)[0] else _FIXED
                 elif n > 1 or label != _CONSTANT:
                     self.tie(labels[d], label)
                     labels[d] = label if labels[d] in (_UNKNOWN, _CONSTANT) else labels[d]
@@ -274,23 +248,22 @@ class _Trace(TorchDispatchMode):
         x, *options = given.values()
         after = [[_FIXED] * t.ndim for t in results]
         for d, (label, n) in enumerate(zip(self.of(x), x.shape, strict=True)):
-            if not self.find(label)[0]:
+            if self.find(label) == _FIXED:
                 continue
             numbers = torch.arange(n).view(-1, *[1] * (x.ndim - d - 1)).expand(x.shape).contiguous()
-            for t, its in zip(_tensors(func(numbers, *options)), after, strict=True):
+            for t, its in zip(tensors_in(func(numbers, *options)), after, strict=True):
                 along = [e for e, m in enumerate(t.shape) if m == n == 1 or (t != t.narrow(e, 0, 1)).any()]
-                e, m = (along[0], t.shape[along[0]]) if along else (0, 1)
-                in_order = (torch.arange(m) * n // m).view(-1, *[1] * (t.ndim - e - 1))
-                if along and m % n == 0 and (t == in_order).all():
-                    its[e] = (label[0], label[1] * (m // n))
+                m = t.shape[along[0]] if along else 0
+                if m and m % n == 0 and (t.movedim(along[0], -1) == torch.arange(m) * n // m).all():
+                    its[along[0]] = (label[0], label[1] * (m // n))
                 elif n == 1:
                     self.tie(label, _FIXED)  # a dimension that goes away
                 else:
-                    self.refuse(label, "they may be merged with the dimensions after them, but not split or mixed")
+                    self.refuse([label], "they may be merged with the dimensions after them, but not split or mixed")
                     its[:] = [_UNKNOWN if e in along and it == _FIXED else it for e, it in enumerate(its)]
         return after
 
-    def convolved(self, x, weight, bias, transposed: bool, groups: int, y) -> list[tuple[int, int]]:
+    def convolved(self, x, weight, bias: list[Tensor], transposed: bool, groups: int, y) -> list[tuple]:
         """x (N, C, ...) and weight (out, in / groups, ...), or (in, out / groups, ...) if transposed."""
         (node, each), (first, second, *space) = self.of(x)[1], self.of(weight)
         taken, made = (first, second) if transposed else (second, first)
@@ -301,12 +274,8 @@ class _Trace(TorchDispatchMode):
             made = (node, each * (y.shape[1] // groups))
             space.append(second)
         else:
-            for label in ((node, each), first, second):
-                self.refuse(label, "of grouped convolutions only depthwise ones can be widened")
-        for label in space:
-            self.tie(label, _FIXED)
-        for label in self.of(x)[2:]:
-            self.refuse(label, "a convolution along them tells them apart")
-        if bias is not None:
-            self.tie(self.of(bias)[0], made)
+            self.refuse([(node, each), first, second], "of grouped convolutions only depthwise ones can be widened")
+        self.refuse(self.of(x)[2:], "a convolution along them tells them apart")
+        for a, b in [*((label, _FIXED) for label in space), *((self.of(t)[0], made) for t in bias)]:
+            self.tie(a, b)
         return [_FIXED, made, *[_FIXED] * (y.ndim - 2)]

@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from weightsum_lib.core.models import memory_format
+
+# What layers say of their weight's sizes, axis by axis; of a transposed convolution's the other way round.
+_SIZES = {
+    _NormBase: ("num_features",),
+    nn.PReLU: ("num_parameters",),
+    nn.Linear: ("out_features", "in_features"),
+    _ConvNd: ("out_channels", "in_channels"),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,17 +67,15 @@ class Key:
             places, size = self.positions[group], self.sizes[group]
             fit = places.shape == (count,) and places.dtype == torch.int64
             if not fit or int(places.min()) < 0 or int(places.max()) >= size:
-                raise ValueError(
-                    f"a key has {count} positions in 0 ... {size - 1}, int64, for '{group}', got {places.tolist()}"
-                )
+                what = f"{count} positions in 0 ... {size - 1}, int64, for '{group}'"
+                raise ValueError(f"a key has {what}, got {places.tolist()}")
             if int(places.bincount().max()) > 1:
                 raise ValueError(f"a key with a channel twice: '{group}' has positions {places.tolist()}")
 
     def to(self, device: torch.device) -> "Key":
         """The same key on a device. The host does not wait for the copies."""
         moved = copy.copy(self)  # checked already; a check would wait
-        positions = {group: numbers.to(device, non_blocking=True) for group, numbers in self.positions.items()}
-        object.__setattr__(moved, "positions", positions)
+        vars(moved)["positions"] = {g: numbers.to(device, non_blocking=True) for g, numbers in self.positions.items()}
         return moved
 
 
@@ -126,10 +133,8 @@ def deal(channels: Channels, width: float | Mapping[str, float], index: int) -> 
     wide = _wide_sizes(channels, width)
     for group, size in channels.sizes.items():
         if not 0 <= index < wide[group] // size:
-            raise ValueError(
-                f"no room for {index + 1} disjoint keys: {size} of the {wide[group]} channels of '{group}' each; "
-                "make the sum wider or sum fewer networks (the first index is 0)"
-            )
+            what = f"no room for {index + 1} disjoint keys: {size} of the {wide[group]} channels of '{group}' each"
+            raise ValueError(f"{what}; make the sum wider or sum fewer networks (the first index is 0)")
     return Key(channels, {g: torch.arange(size) + index * size for g, size in channels.sizes.items()}, wide)
 
 
@@ -167,28 +172,32 @@ def embed(state: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
     >>> embed({"fc1.weight": torch.ones(2, 1)}, deal(channels, 2.0, 1))["fc1.weight"].flatten()
     tensor([0., 0., 1., 1.])
     """
-    wide = {}
+    wide = dict(state)
     for name, tensor in state.items():
         if name not in key.channels.axes:
             raise ValueError(f"'{name}' is no tensor of the network that the key is for")
         if not (axes := key.channels.axes[name]):
-            wide[name] = tensor
             continue
         shape = list(tensor.shape)
         # up to the last keyed axis, and the first two at least: gradients have one memory layout then
         index = [torch.arange(n, device=tensor.device) for n in shape[: max(2, 1 + max(axes)[0])]]
         for axis, group, each in axes:
-            places, size = key.positions[group].to(tensor.device), key.sizes[group]
+            places = key.positions[group].to(tensor.device)
             if tensor.ndim <= axis or shape[axis] != len(places) * each:
                 what = f"{len(places)} channels of '{group}', {each} entries each, on axis {axis}"
                 raise ValueError(f"'{name}' is {tuple(tensor.shape)}, but its key is for {what}")
             index[axis] = (places[:, None] * each + torch.arange(each, device=tensor.device)).flatten()
-            shape[axis] = size * each
+            shape[axis] = key.sizes[group] * each
         zeros = tensor.new_zeros(shape)
         if tensor.ndim == 4:
             zeros = zeros.contiguous(memory_format=memory_format(key.sizes.values()))
         wide[name] = zeros.index_put(torch.meshgrid(index, indexing="ij"), tensor)
     return wide
+
+
+def tensors_in(tree: object) -> list[Tensor]:
+    """The tensors in nested tuples, lists and mappings, in order."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def tensors_of(network: nn.Module, every_name: bool = False) -> dict[str, Tensor]:
@@ -222,18 +231,12 @@ def with_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module
     for module in network.modules():
         held = getattr(module, "weight", None)
         held = getattr(module, "running_mean", None) if held is None else held
-        if not isinstance(held, Tensor):
-            continue
-        if isinstance(module, _NormBase):
-            module.num_features = len(held)
-        elif isinstance(module, nn.PReLU):
-            module.num_parameters = len(held)
-        elif isinstance(module, nn.Linear):
-            module.out_features, module.in_features = held.shape
-        elif isinstance(module, _ConvNd):
-            first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+        sizes = list(held.shape) if isinstance(held, Tensor) else []
+        names = [name for kind, its in _SIZES.items() if isinstance(module, kind) for name in its]
+        if isinstance(module, _ConvNd) and sizes:
+            names = names[::-1] if module.transposed else names
             if module.groups > 1:  # depthwise: as many groups as channels
-                module.groups = module.groups * len(held) // getattr(module, first)
-            setattr(module, first, len(held))
-            setattr(module, second, held.shape[1] * module.groups)
+                module.groups = module.groups * sizes[0] // getattr(module, names[0])
+            sizes[1] *= module.groups
+        vars(module).update(zip(names, sizes, strict=False))
     return network

@@ -96,24 +96,20 @@ def three_term_loss(
     """
     if third not in THIRD_TERMS:
         raise ValueError(f"unknown third term '{third}'; one of {', '.join(THIRD_TERMS)}")
-    for name, logits, labels, own in (
-        ("logits_main", logits_main, labels_main, logits_main),
-        ("logits_support", logits_support, labels_support, logits_support),
-        ("logits_sum", logits_sum, labels_main, logits_main),
-        ("logits_sum_support", logits_sum_support, labels_support, logits_support),
-    ):
-        if logits is not None and (logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] != own.shape[1]):
-            wanted = f"({len(labels)}, classes) to fit its labels, and as many classes as its network alone"
-            raise ValueError(f"{name} is {tuple(logits.shape)}; expected {wanted}")
     reading = getattr(sys.modules[__name__], third)
 
-    def terms(logits, logits_sum, labels):
+    def terms(logits, logits_sum, labels, names):
+        for name, z in zip(names, (logits, logits_sum), strict=True):
+            if z is not None and (z.ndim != 2 or len(z) != len(labels) or z.shape[1] != logits.shape[1]):
+                wanted = f"({len(labels)}, classes) to fit its labels, and as many classes as its network alone"
+                raise ValueError(f"{name} is {tuple(z.shape)}; expected {wanted}")
         cross_entropy = partial(F.cross_entropy, target=labels, label_smoothing=label_smoothing)
         own_loss = cross_entropy(logits)
         return own_loss, 0 if logits_sum is None else reading(logits, logits_sum, own_loss, cross_entropy)
 
-    main, third_main = terms(logits_main, logits_sum, labels_main)
-    support, third_support = terms(logits_support, logits_sum_support, labels_support)
+    main, third_main = terms(logits_main, logits_sum, labels_main, ("logits_main", "logits_sum"))
+    names = ("logits_support", "logits_sum_support")
+    support, third_support = terms(logits_support, logits_sum_support, labels_support, names)
     third_term = third_main + third_support
     total = main + support
     return ThreeTermLoss(total + weight * third_term if weight else total, main, support, third_term)

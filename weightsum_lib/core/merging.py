@@ -1,12 +1,15 @@
 """Merging as others do it: the baselines that a plain sum of trained weights is compared with."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from weightsum_lib.core.keys import Channels, Key, embed, widen
+from weightsum_lib.core.keys import Channels, Key, deal, embed, tensors_of, widen, with_tensors
 from weightsum_lib.core.weights import WeightSum
 
 
@@ -41,6 +44,28 @@ def task_arithmetic(start: nn.Module, networks: Sequence[nn.Module], scale: floa
 
 
 @torch.no_grad()
+def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, keep: float = 0.2) -> nn.Module:
+    """TIES-merging, Yadav et al. 2023: trim, elect a sign, and average the differences that have it.
+
+    Args:
+        start: from which all networks were trained.
+        networks: those to merge.
+        scale: factor on the merged difference.
+        keep: share of each network's differences that is not trimmed, the largest.
+
+    Returns:
+        the merged network; its batch-norm statistics are to be re-estimated.
+    """
+    merged, origin = copy.deepcopy(start).eval(), parameters_to_vector(start.parameters())
+    found = torch.stack([parameters_to_vector(n.parameters()) - origin for n in networks])
+    smallest = found.abs().sort(descending=True).values[:, [max(1, round(keep * len(origin))) - 1]]
+    found *= found.abs() >= smallest
+    found *= found.sign() == found.sum(0).sign()
+    vector_to_parameters(origin + scale * found.sum(0) / (found != 0).sum(0).clamp(min=1), merged.parameters())
+    return merged
+
+
+@torch.no_grad()
 def weight_matching(a: nn.Module, b: nn.Module, channels: Channels, seed: int = 0, sweeps: int = 100) -> nn.Module:
     """Permute the hidden channels of ``b`` to lie near those of ``a``: Git Re-Basin, Ainsworth et al. 2023, Alg. 1.
 
@@ -69,29 +94,184 @@ def weight_matching(a: nn.Module, b: nn.Module, channels: Channels, seed: int = 
 
     def similarity(group: str) -> Tensor:
         """Inner products of each channel of a with each of b, all other groups as they are ordered now."""
-        places = {g: o.argsort() for g, o in order.items()} | {group: torch.arange(len(order[group]))}
-        total = torch.zeros(len(order[group]), len(order[group]), dtype=torch.float64)
-        for name in of_b:
-            for axis, its, _ in channels.axes[name]:
-                if its == group:
-                    # the group's own other axis, where it has two, is as it is ordered now
-                    others = Channels({name: tuple(e for e in channels.axes[name] if e[0] != axis)}, channels.sizes)
-                    now = places | {group: order[group].argsort()}
-                    moved = embed({name: of_b[name]}, Key(others, now, channels.sizes))[name]
-                    rows = [w.movedim(axis, 0).reshape(len(order[group]), -1) for w in (of_a[name], moved)]
-                    total += (rows[0] @ rows[1].T).cpu()
+        now = Key(channels, {g: taken.argsort() for g, taken in order.items()}, channels.sizes)
+        total = torch.zeros(channels.sizes[group], channels.sizes[group], dtype=torch.float64)
+        for name, axis in [(n, axis) for n in of_b for axis, its, _ in channels.axes[n] if its == group]:
+            moved = embed({name: of_b[name]}, now)[name]
+            rows = [w.movedim(axis, 0).reshape(len(total), -1) for w in (of_a[name], moved)]
+            total += (rows[0] @ rows[1][now.positions[group]].T).cpu()  # this axis back in the order of b
         return total
 
     for _ in range(sweeps):
-        changed = False
+        before = dict(order)
         for i in torch.randperm(len(order), generator=generator).tolist():
             group = list(order)[i]
-            found = torch.from_numpy(linear_sum_assignment(similarity(group).numpy(), maximize=True)[1])
-            changed |= not torch.equal(found, order[group])
-            order[group] = found
-        if not changed:
+            order[group] = torch.from_numpy(linear_sum_assignment(similarity(group).numpy(), maximize=True)[1])
+        if all(torch.equal(taken, before[group]) for group, taken in order.items()):
             break
     return widen(b, Key(channels, {group: taken.argsort() for group, taken in order.items()}, channels.sizes))
+
+
+@torch.no_grad()
+def activation_matching(a: nn.Module, b: nn.Module, channels: Channels, x: Tensor) -> nn.Module:
+    """Permute the hidden channels of ``b`` to compute what those of ``a`` do, Li et al. 2016: one assignment a group.
+
+    Args:
+        a: the network to come near to, in evaluation mode.
+        b: the network that is permuted, in evaluation mode; left as it is.
+        channels: of both (:func:`weightsum_lib.hidden_channels`).
+        x: network input (N, C, H, W), without labels.
+
+    Returns:
+        a network that computes the same function as ``b``.
+
+    Raises:
+        ValueError: see :func:`correlations`.
+    """
+    found = correlations([a, b], channels, x)
+    across = {group: c[: len(c) // 2, len(c) // 2 :].cpu().numpy() for group, c in found.items()}
+    taken = {group: torch.from_numpy(linear_sum_assignment(c, maximize=True)[1]) for group, c in across.items()}
+    return widen(b, Key(channels, {group: order.argsort() for group, order in taken.items()}, channels.sizes))
+
+
+@torch.no_grad()
+def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -> dict[str, Tensor]:
+    """How the hidden channels of some networks correlate, as the last layer that reads them finds them.
+
+    Args:
+        networks: of one architecture, in evaluation mode.
+        channels: of each.
+        x: network input (N, C, H, W), without labels.
+
+    Returns:
+        group to correlations, float64 (channels of all networks, the same). Channels that never
+        change are alike, and like no other.
+
+    Raises:
+        ValueError: a group that no convolution or linear layer reads, or weights of other layers, as transposed
+            convolutions; it is named.
+    """
+    readers = _readers(networks[0], channels)
+    if unread := channels.sizes.keys() - {group for group, _ in readers.values()}:
+        raise ValueError(f"no convolution or linear layer reads the channels of '{min(unread)}' to compare them")
+    total, read = dict.fromkeys(channels.sizes, 0.0), {}
+
+    def record(number, group, each):
+        def hook(layer, inputs):  # (N, C, H, W) or (N, C · each)
+            read[number, group] = inputs[0].unflatten(1, (-1, each)).movedim(1, -1).flatten(0, -2).double()
+
+        return hook
+
+    with ExitStack() as hooks:
+        for number, network in enumerate(networks):
+            for name, of in readers.items():
+                hooks.enter_context(network.get_submodule(name).register_forward_pre_hook(record(number, *of)))
+        for part in x.split(100):
+            for network in networks:
+                network(part)
+            for group in total:
+                rows = [read[number, group] for number in range(len(networks))]
+                rows = torch.cat([*rows, torch.ones_like(rows[0][:, :1])], 1)  # for their sums and their number
+                total[group] = total[group] + rows.T @ rows
+    for group, moments in total.items():
+        mean = moments[:-1, -1] / moments[-1, -1]
+        covariance = moments[:-1, :-1] / moments[-1, -1] - mean.outer(mean)
+        spread = covariance.diagonal().clamp(min=0).sqrt()
+        still = spread <= 1e-6 * spread.max()
+        total[group] = torch.where(still, 0, covariance / spread.outer(spread)).where(~still[:, None], still.double())
+    return total
+
+
+def _readers(network: nn.Module, channels: Channels) -> dict[str, tuple[str, int]]:
+    """The convolutions and linear layers that read hidden channels: name to the group and the entries for each."""
+    found, tensors = {}, tensors_of(network, every_name=True)
+    for name, axes in ((n, axes) for n, axes in channels.axes.items() if axes and tensors[n].ndim > 1):
+        layer = network.get_submodule(name.rpartition(".")[0])
+        if not isinstance(layer, nn.Linear | _ConvNd) or isinstance(layer, _ConvTransposeNd):
+            raise ValueError(f"'{name}' belongs to a {type(layer).__name__}; expected convolutions and linear layers")
+        if axes[-1][0] == 1:
+            found[name.rpartition(".")[0]] = axes[-1][1:]
+    return found
+
+
+@torch.no_grad()
+def fold(networks: Sequence[nn.Module], channels: Channels, onto: Mapping[str, Tensor]) -> nn.Module:
+    """The networks side by side, their logits added, some of their channels merged: W = M (W₁ ⊕ W₂ ⊕ …) U.
+
+    Args:
+        networks: of one architecture.
+        channels: of each.
+        onto: for each group that is merged M, (merged channels, channels of all networks): a row has the weights with
+            which channels make one, each channel in one row. U gives each channel the one that it has become. Groups
+            that are not there stay apart; without any it is the ensemble of the networks.
+
+    Returns:
+        one network; its batch-norm statistics are to be re-estimated.
+
+    Raises:
+        ValueError: a channel that is in no row or in several; weights of other layers than convolutions (which are not
+            transposed) and linear ones. The group or weight is named.
+    """
+    keys = [deal(channels, float(len(networks)), i) for i in range(len(networks))]
+    side = WeightSum(networks, keys=keys).materialize().eval()
+    for group, matrix in onto.items():
+        if matrix.shape[1] != keys[0].sizes[group] or not ((matrix != 0).sum(0) == 1).all():
+            what = f"each of the {keys[0].sizes[group]} channels of '{group}'"
+            raise ValueError(f"a merge has {what} in one row of its matrix, got one of {tuple(matrix.shape)}")
+    _readers(side, channels)  # their first axis is what they compute, the second what they read
+    tensors = tensors_of(side)
+    for name in tensors:
+        for axis, group, each in [entry for entry in channels.axes[name] if entry[1] in onto]:
+            rows = tensors[name].movedim(axis, -1).unflatten(-1, (-1, each)).mT
+            matrix = (onto[group] != 0 if axis else onto[group]).to(rows)
+            tensors[name] = (rows @ matrix.T).mT.flatten(-2).movedim(-1, axis)
+    return with_tensors(side, tensors)
+
+
+def zipped(correlation: Tensor, alpha: float = 1e-4, beta: float = 0.075) -> Tensor:
+    """ZipIt!, Stoica et al. 2024: pairs of the most alike channels of two networks, in one or across, are averaged.
+
+    Args:
+        correlation: of all channels of two networks (2n, 2n), see :func:`correlations`.
+        alpha: factor on the correlation of what is merged already; it is the least of its channels' before. Small:
+            pairs, no larger groups.
+        beta: share of the merges that may be within a network, half of it in each, and at least one.
+
+    Returns:
+        M of :func:`fold`, (n, 2n).
+    """
+    like, n = correlation.clone().fill_diagonal_(-torch.inf), len(correlation) // 2
+    members, budget = torch.eye(2 * n).to(like), [int(beta * n / 2)] * 2
+    for _ in range(n):
+        i, j = sorted(divmod(int(like.argmax()), 2 * n))
+        members[i] += members[j]
+        like[i] = alpha * torch.minimum(like[i], like[j])
+        like[:, i] = like[i]
+        members[j], like[j], like[:, j], like[i, i] = 0, -torch.inf, -torch.inf, -torch.inf
+        if (i < n) == (j < n):
+            budget[i // n] -= 1
+            if budget[i // n] <= 0:
+                own = slice(n) if i < n else slice(n, 2 * n)
+                like[own, own] = -torch.inf
+    return torch.nn.functional.normalize(members[members.sum(1) > 0], p=1)
+
+
+@torch.no_grad()
+def random_signs(network: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The network as it lies in a superposition (Cheung et al. 2019) from which another one is retrieved.
+
+    Stored is Σ Wᵢ diag(sᵢ), layer by layer, with random signs sᵢ of each layer's inputs. With the key sⱼ, for which one
+    has to know the task, Wⱼ + Σ Wᵢ diag(sᵢ sⱼ) is retrieved: the others have random signs.
+
+    Args:
+        network: left as it is.
+        generator: of the signs, on the CPU.
+    """
+    network = copy.deepcopy(network)
+    for weight in [p for p in network.parameters() if p.ndim > 1]:
+        signs = 2 * torch.randint(2, (weight.shape[1],), generator=generator) - 1
+        weight *= signs.to(weight).view(-1, *[1] * (weight.ndim - 2))
+    return network
 
 
 @torch.no_grad()
@@ -131,32 +311,26 @@ def regmean(networks: Sequence[nn.Module], inputs: Sequence[Tensor], shrink: flo
 
 def _gram_matrices(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Layer to the Gram matrix of its inputs, float64 (inputs, inputs)."""
+    names = {m: n for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     grams: dict[str, Tensor] = {}
 
-    def record(name):
-        def hook(layer, inputs):
-            rows = inputs[0].float()
-            if isinstance(layer, nn.Conv2d):
-                rows = nn.functional.unfold(rows, layer.kernel_size, padding=layer.padding, stride=layer.stride)
-                rows = rows.movedim(1, -1)
-            rows = rows.flatten(0, -2)
-            grams[name] = grams.get(name, 0) + (rows.T @ rows).double()
-
-        return hook
-
-    layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for name, layer in layers:
+    def record(layer, inputs):
+        rows = inputs[0].float()
         if isinstance(layer, nn.Conv2d):
-            special = layer.groups > 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros"
-            if special or isinstance(layer.padding, str):
-                raise ValueError(f"RegMean here takes plain convolutions with padding by numbers, '{name}' is {layer}")
-    hooks = [m.register_forward_pre_hook(record(n)) for n, m in layers]
-    try:
+            rows = nn.functional.unfold(rows, layer.kernel_size, padding=layer.padding, stride=layer.stride)
+            rows = rows.movedim(1, -1)
+        rows = rows.flatten(0, -2)
+        grams[names[layer]] = grams.get(names[layer], 0) + (rows.T @ rows).double()
+
+    with ExitStack() as hooks:
+        for layer, name in names.items():
+            if isinstance(layer, nn.Conv2d):
+                kind = (layer.groups, layer.dilation, layer.padding_mode, type(layer.padding))
+                if kind != (1, (1, 1), "zeros", tuple):
+                    raise ValueError(f"RegMean here takes plain convolutions, padded by numbers; '{name}' is {layer}")
+            hooks.enter_context(layer.register_forward_pre_hook(record))
         for part in x.split(100):
             network(part)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return grams
 
 

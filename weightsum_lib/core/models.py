@@ -133,16 +133,10 @@ class VGG(_Classifier):
             layers[f"pool{block}"] = nn.MaxPool2d(2)
         hidden = int(_HIDDEN * width)
         self.features = nn.Sequential(layers)
-        layers = OrderedDict(
-            fc1=nn.Linear(previous * 2 * 2, hidden),
-            relu1=nn.ReLU(),
-            dropout1=nn.Dropout(dropout),
-            fc2=nn.Linear(hidden, hidden),
-            relu2=nn.ReLU(),
-            dropout2=nn.Dropout(dropout),
-            fc3=nn.Linear(hidden, num_classes),
-        )
-        self.classifier = nn.Sequential(layers)
+        layers = OrderedDict()
+        for i, inputs in enumerate((previous * 2 * 2, hidden), start=1):
+            layers |= {f"fc{i}": nn.Linear(inputs, hidden), f"relu{i}": nn.ReLU(), f"dropout{i}": nn.Dropout(dropout)}
+        self.classifier = nn.Sequential(layers | {"fc3": nn.Linear(hidden, num_classes)})
         self._initialize(self.classifier.fc3)
 
     def _logits(self, x: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from weightsum_lib.core.keys import Key, embed, tensors_of, with_tensors
+from weightsum_lib.core.keys import Key, embed, tensors_in, tensors_of, with_tensors
 
 # Operations that are affine in all their tensors together, and those in each of two factors (after a bias, some).
 _AFFINE = (
@@ -98,17 +97,13 @@ def _check_summable(networks: Sequence[nn.Module]) -> None:
             modules[f"module {path}"] = f"{module._get_name()}({module.extra_repr()})"
             if is_parametrized(module) or module._forward_pre_hooks or isinstance(module, WeightSum):
                 todo = "remove or merge first (remove_parametrizations, remove_weight_norm, prune.remove, materialize)"
-                raise ValueError(
-                    f"'{path}' of network {i} is a sum, or parametrized by a forward pre-hook or so; {todo}"
-                )
+                raise ValueError(f"'{path}' of network {i} is a sum, or parametrized (by a forward pre-hook?); {todo}")
         first = first or (kinds, modules, tensors)
         _check_alike(first[0], kinds, i)
         _check_alike(first[1], modules, i)
         for name, (role, tensor) in tensors.items():
             if role == "constant" and not tensor.is_meta and not torch.equal(tensor, first[2][name][1]):
-                raise ValueError(
-                    f"'{name}', which is no parameter, differs between networks 0 and {i}; a sum has only one"
-                )
+                raise ValueError(f"'{name}', which is no parameter, differs between networks 0 and {i}; a sum has one")
 
 
 class _Followed(TorchDispatchMode):
@@ -137,8 +132,8 @@ class _Followed(TorchDispatchMode):
         """Compute one operation, and say what its result depends on."""
         out = op(*args, **(kwargs or {}))
         other = (frozenset(), True)  # what is not known comes from the input
-        name, results = op.__name__.split(".")[0].rstrip("_"), _only_tensors(out)
-        sources = [self.sources.get(_storage(t), other) for t in _only_tensors((args, kwargs))]
+        name, results = op.__name__.split(".")[0].rstrip("_"), tensors_in(out)
+        sources = [self.sources.get(_storage(t), other) for t in tensors_in((args, kwargs))]
         names, inputs = frozenset().union(*(s[0] for s in sources)), sum(s[1] for s in sources)
         factors = [self.sources.get(_storage(t), other)[0] for t in args[name in _BIASED :][:2]]
         product = name in _PRODUCTS and all(factors)
@@ -161,10 +156,6 @@ class _Followed(TorchDispatchMode):
             if names or not inputs:
                 self.sources[_storage(tensor)] = (names, inputs > 0, tensor)
         return out
-
-
-def _only_tensors(tree) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _storage(value) -> int:
@@ -384,8 +375,7 @@ def compare_layers(a: nn.Module, b: nn.Module) -> list[dict]:
     rows, last = [], [name.rpartition(".")[2] for name in layers[0]]
     for (name, weight), short in zip(layers[0].items(), last, strict=True):
         wa, wb = weight.flatten(), layers[1][name].flatten()
-        norm_a, norm_b = wa.norm().item(), wb.norm().item()
-        ratio = norm_a / norm_b if norm_b else math.inf * norm_a  # ∞ · 0 is NaN
-        cosine = (wa @ wb).item() / (norm_a * norm_b) if norm_a and norm_b else math.nan
+        norm_a, norm_b = wa.norm(), wb.norm()  # x / 0 is ∞, 0 / 0 is NaN
+        ratio, cosine = (norm_a / norm_b).item(), (wa @ wb / (norm_a * norm_b)).item()
         rows.append({"layer": short if last.count(short) == 1 else name, "norm_ratio": ratio, "cosine": cosine})
     return rows

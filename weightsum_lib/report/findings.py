@@ -1,8 +1,11 @@
 """What the numbers say, computed from them: verdicts by one rule, what counts, and each page's sentences."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+from scipy import optimize
 
 from weightsum_lib.report.tables import Interval, fraction, paired, title
 from weightsum_lib.study.params import BASELINE, DISJOINT, RANDOM, TRAINED
@@ -134,6 +137,53 @@ def of_recipe(recipe: pd.Series, plainly: pd.Series, shares: tuple[float, float]
         f"under keys of {sparse}, {_of_each(plainly[shares[1]])}. Three networks under disjoint keys, none of which "
         f"has met another, keep {_of_each(three)}."
     )
+
+
+class Law(NamedTuple):
+    """What N networks under random keys of k keep of the ensemble of their logits: 100 % · exp(−(scale · (N − 1) · k)
+    ** power), in which (N − 1) · k is the expected number of other networks on a channel."""
+
+    scale: float
+    power: float
+
+    def kept(self, networks, share):
+        """In percent."""
+        return 100 * np.exp(-((self.scale * (networks - 1) * share) ** self.power))
+
+    def networks(self, share: float, kept: float) -> int:
+        """How many networks fit if each is to keep so many percent."""
+        return 1 + int((-np.log(kept / 100)) ** (1 / self.power) / self.scale / share)
+
+
+def capacity(kept: pd.Series, fitted: Iterable[int]) -> tuple[Law, pd.DataFrame]:
+    """Fit the :class:`Law` by least squares on sums of some numbers of networks, and hold all to it.
+
+    Args:
+        kept: percent of the ensemble that sums keep, by ``networks`` and ``share``.
+        fitted: numbers of networks in the fit; the others are predicted.
+
+    Returns:
+        the law, and a table with a row a cell: measured, and by the law.
+    """
+    rows = kept.rename("measured").reset_index().sort_values(["networks", "share"])
+    used = rows[rows["networks"].isin(list(fitted))]
+
+    def law(cells, scale, power):
+        return Law(scale, power).kept(*cells)
+
+    cells = (used["networks"].to_numpy(), used["share"].to_numpy())
+    best, _ = optimize.curve_fit(law, cells, used["measured"], p0=(0.5, 1.0), bounds=(1e-6, 20))
+    found = Law(*map(float, best))
+    rows["law"] = found.kept(rows["networks"], rows["share"])
+    shown = {
+        "Networks": rows["networks"],
+        "k": rows["share"].map(fraction),
+        "Others on a channel": ((rows["networks"] - 1) * rows["share"]).map("{:.3f}".format),
+        "Kept of the ensemble (%)": rows["measured"].map("{:.1f}".format),
+        "By the law (%)": rows["law"].map("{:.1f}".format),
+        "Part": np.where(rows["networks"].isin(list(fitted)), "fitted", "predicted"),
+    }
+    return found, pd.DataFrame(shown)
 
 
 def _of_each(kept: pd.Series) -> str:

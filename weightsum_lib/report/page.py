@@ -128,8 +128,10 @@ def _data(data: Mapping[str, dict]) -> pd.DataFrame:
 
 def _provenance(of: Mapping) -> pd.DataFrame:
     """Software, device and parameters; the stored run has its rows under ``methods``."""
-    rows = {label: m for kind in ("methods", "rows", "parts") for label, m in of["params"].get(kind, {}).items()}
-    unsaid = ("methods", "rows", "parts", "data_dir", "results_dir")
+    rows = {
+        label: m for kind in ("methods", "rows", "parts", "merged") for label, m in of["params"].get(kind, {}).items()
+    }
+    unsaid = ("methods", "rows", "parts", "merged", "data_dir", "results_dir")
     what = {"device": of["device"], "precision of the forward pass": of["precision"], **of["versions"]}
     what |= {"commit of the code": of["commit"], **{k: v for k, v in of["params"].items() if k not in unsaid}}
     what |= {f"method: {label}": switches for label, switches in rows.items()}

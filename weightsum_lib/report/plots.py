@@ -5,7 +5,7 @@ wider than nine inches, so that a phone shows its letters.
 """
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,11 +18,13 @@ from matplotlib.figure import Figure
 
 from weightsum_lib.report.findings import CHANCE
 from weightsum_lib.report.tables import Interval, fraction, span, title
+from weightsum_lib.study.params import RANDOM
 
 # Okabe & Ito 2008: told apart by colour-blind readers; markers differ too, for print.
 BEFORE, AFTER, CONTROL = "#0072B2", "#D55E00", "#009E73"
 _COLOURS = [BEFORE, AFTER, CONTROL, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_LINES = cycler(color=_COLOURS * 8) + cycler(marker=[*"osD^vP*X"] * 7)  # no two of 56 look the same
+_MARKERS = "osD^vP*X"
+_LINES = cycler(color=_COLOURS * 8) + cycler(marker=[*_MARKERS] * 7)  # no two of 56 look the same
 BARS = ", bars: 95 % interval"
 _NETWORKS = {  # how the columns of a summary are shown
     "before": {"label": "alone, before the sum", "color": BEFORE, "fmt": "o", "mfc": "white"},
@@ -280,24 +282,73 @@ def lost_by_layer(summary: pd.DataFrame, message: str) -> Figure:
     return _done(figure, message)
 
 
-def number_of_networks(rows: pd.DataFrame, message: str) -> Figure:
-    """What tasks keep on average when one network after another joins the sum.
+def by_draw(rows: pd.DataFrame, message: str) -> Figure:
+    """What sums under random keys keep, against the share of a network's channels that others have: a point a draw.
+
+    Args:
+        rows: wide rows with the level ``line``, and ``shared`` and ``kept``.
+        message: what the figure says.
+    """
+    figure, panels = _of_tasks(rows, 4)
+    for axes, own in panels:
+        for line, each in own.groupby("line", sort=False):
+            axes.plot(100 * each["shared"], each["kept"], ls="", ms=5, alpha=0.6, label=line)
+        axes.set_xlabel("channels that the other network has too\n(%, mean of the layers), a point a draw")
+    panels[0][0].set_ylabel("kept: after / before (%)")
+    return _done(figure, message)
+
+
+def capacity(rows: pd.DataFrame, law: Callable, message: str) -> Figure:
+    """What tasks keep on average when networks join the sum; and of the ensemble, against the expected collisions.
 
     Args:
         rows: wide rows with the levels ``method``, ``share`` and ``networks``, how many are summed.
+        law: of the number of networks and the share k, what random keys keep of the ensemble (%).
         message: what the figure says.
     """
-    figure, ((axes,),) = _panels(1, (8, 4.4))
-    means = rows.assign(of_ensemble=100 * rows["ensemble"] / rows["before"])[["kept", "of_ensemble"]]
-    means = means.groupby(["method", "share", "networks"], sort=False).mean()
-    for (method, share), own in means.groupby(["method", "share"], sort=False):
-        axes.plot(own["kept"].droplevel(["method", "share"]), label=f"{method}, k = {fraction(share)}")
-    for style, (method, own) in zip(("--", ":"), means.groupby("method", sort=False), strict=False):
-        ensemble = own["of_ensemble"].groupby("networks").first()
-        axes.plot(ensemble, "k", ls=style, marker="", lw=1, label=f"{method}: ensemble of the logits")
-    axes.axhline(100, color="0.5", ls=":", lw=1)
-    axes.set(xlabel="networks in the sum, seed 0", ylabel="kept (%),\nmean of the tasks")
-    axes.set_xticks(means.index.unique("networks"))
+    figure, ((left, right),) = _panels(2, (9, 4.6))
+    means = rows.groupby(["method", "share", "networks"], sort=False)[["kept", "kept_of_ensemble"]].mean()
+    means = means.reset_index()
+    of_k, random = means["share"].map(fraction), means["method"] == RANDOM
+    means["line"] = means["method"].where(~random, RANDOM + ", k = " + of_k)
+    means["others"] = (means["networks"] - 1) * means["share"]
+    style = {"hue": "line", "style": "line", "markers": dict(zip(means["line"].unique(), _MARKERS, strict=False))}
+    sns.lineplot(means, x="networks", y="kept", dashes=False, errorbar=None, ax=left, **style)
+    sns.scatterplot(means[random], x="others", y="kept_of_ensemble", legend=False, ax=right, **style)
+    shares = means.loc[random, "share"]
+    x = np.geomspace(shares.min(), (means["networks"].max() - 1) * shares.max())
+    right.plot(x, law(1 + x, 1.0), "k-", marker="", lw=1, label="the law")
+    left.get_legend().remove()
+    left.set(xlabel="networks in the sum", ylabel="kept (%), mean of the tasks", xticks=means["networks"].unique())
+    right.set(xscale="log", xlabel="expected others on a channel, (N − 1) · k", ylabel="kept of the ensemble (%)")
+    return _done(figure, message)
+
+
+def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str, Mapping], message: str) -> Figure:
+    """Every way to make one network of two on one axis, a panel a task; a line a way, a marker a pair.
+
+    Args:
+        summary: by task, way and networks, with ``after`` (percent of all classes) and ``n``.
+        ours: how the names of this study's networks begin.
+        published: what others report, name to accuracy by way, shown where the task is CIFAR-10.
+        message: what the figure says.
+    """
+    ways, pairs = (list(summary.index.unique(level)) for level in ("way", "networks"))
+    figure, ((*panels,),) = _panels(len(tasks := summary.index.unique("task")), (5 + 2 * len(tasks), 7), sharey=True)
+    for axes, task in zip(panels, tasks, strict=True):
+        rows = summary.xs(task, level="task")
+        for i, (pair, own) in enumerate(rows.groupby("networks", sort=False)):
+            mean, ends = _spread(own["after"])
+            own_ways = [ways.index(way) for way in own.index.get_level_values("way")]
+            look = {"fmt": _MARKERS[pairs.index(pair) % 8], "color": AFTER if pair.startswith(ours) else BEFORE}
+            axes.errorbar(mean, own_ways, xerr=ends, ms=7, alpha=0.8, mfc="none" if i % 2 else None, label=pair, **look)
+        for name, values in published.items() if task.startswith("cifar10") else ():
+            axes.plot(list(values.values()), [ways.index(w) for w in values], "D", color="0.5", mfc="none", label=name)
+        best = max(cell.mean for (way, _), cell in rows["after"].items() if way.startswith("ensemble"))
+        axes.axvline(best, color="k", ls="--", lw=1, label="the best ensemble")
+        axes.set(xlim=(0, 101), title=title(task), xlabel=f"all ten classes: test accuracy (%)\n{_n(rows, BARS)}")
+        axes.set_yticks(range(len(ways)), ways)
+        axes.set_ylim(len(ways) - 0.5, -0.5)
     return _done(figure, message)
 
 

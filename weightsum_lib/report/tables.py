@@ -41,7 +41,7 @@ HEADINGS = {  # of levels and columns; what is not here is written as it is call
     "worst": "Worst draw (%)",
     "spread": "Spread of draws (points)",
     "sampling": "Standard error of the test set (points)",
-    "difference": "Kept, difference to the recipe (points)",
+    "difference": "Kept, difference to the first row (points)",
 }
 
 
@@ -123,7 +123,8 @@ def title(name: str) -> str:
 def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFrame:
     """The long frame with a row for each sum on each tested task, and what it is compared with beside it, in percent.
 
-    Columns: ``after``, the sum, with the standard error of its ``sampling``; the sum with ``renamed`` classes; and,
+    Columns: ``after``, the sum, with the standard error of its ``sampling`` and how many of the tested task's channels
+    are ``shared``; the sum with ``renamed`` classes; and,
     under their own statistics whatever those of the sum are, ``before``, the task's own network alone; ``other``, the
     other task's network there (the best of several), the control, with its ``confidence``; the ``ensemble`` of logits.
     And from them ``gap`` = before − after, ``kept`` = 100 · after / before, ``kept_of_ensemble`` = 100 · after /
@@ -136,14 +137,15 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
     """
     alone = frame["network"] == frame["tested"].replace(own or {})
     frame = frame.assign(role=frame["network"].map(_ROLES).fillna(alone.map({True: "before", False: "other"})))
-    by = [c for c in frame if c not in ("network", "role", "accuracy", "confidence", "sampling")]
+    by = [c for c in frame if c not in ("network", "role", "accuracy", "confidence", "sampling", "shared")]
     found = pd.DataFrame(index=frame[frame["role"] == "after"].set_index(by).index.unique())
     parts = {role: (role, "accuracy") for role in ("before", "after", "other", "ensemble", "renamed")}
-    parts |= {"confidence": ("other", "confidence"), "sampling": ("after", "sampling")}
+    parts |= {"confidence": ("other", "confidence"), "sampling": ("after", "sampling"), "shared": ("after", "shared")}
     for name, (role, column) in parts.items():
         levels = by if role in ("after", "renamed") else [level for level in by if level not in _OF_SUM]
-        cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
-        found = found.join(cells.rename(name), on=levels)
+        if column in frame:
+            cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
+            found = found.join(cells.rename(name), on=levels)
     return found.assign(
         gap=found["before"] - found["after"],
         kept=100 * found["after"] / found["before"].clip(lower=0.1),

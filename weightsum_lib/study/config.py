@@ -11,7 +11,6 @@ from torch import nn
 from weightsum_lib.core import models
 from weightsum_lib.core.channels import hidden_channels
 from weightsum_lib.core.keys import Channels, Key, deal, draw
-from weightsum_lib.core.models import memory_format
 from weightsum_lib.study.params import Method
 
 _TRACED = 1 / 8  # width of the network in which an architecture's channels are looked for
@@ -88,15 +87,12 @@ class RunConfig:
 
 def build(config: RunConfig, role: str = "main") -> nn.Module:
     """The untrained network of a run, its weights drawn from its own stream."""
+    m = config.method
+    options = {"width": config.width * m.network_width, "dropout": config.dropout, "centered_scale": m.centered_scale}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.stream(role, "initialization"))
-        network = getattr(models, config.arch)(
-            in_channels=config.in_channels,
-            width=config.width * config.method.network_width,
-            dropout=config.dropout,
-            centered_scale=config.method.centered_scale,
-        )
-    return network.to(memory_format=memory_format(channels_of(config).sizes.values()))
+        network = getattr(models, config.arch)(config.in_channels, **options)
+    return network.to(memory_format=models.memory_format(channels_of(config).sizes.values()))
 
 
 def channels_of(config: RunConfig) -> Channels:

@@ -3,8 +3,8 @@
 The frame is long: ``task``, ``method``, ``seed``, ``policy`` (of the batch-norm statistics; "own": those of the
 network's own task), ``network`` (what is tested), ``tested`` (on what), ``split``; of a sum under random keys ``share``
 (k, of its channels that each network has), ``narrow`` (:class:`~weightsum_lib.study.sums.Sum`) and ``draw``; and what
-is measured, in percent: ``accuracy``, its standard error ``sampling`` for other images of the task, and
-``confidence``, the mean largest probability.
+is measured, in percent: ``accuracy``, its standard error ``sampling`` for other images of the task, ``confidence``, the
+mean largest probability, and ``shared``, how many of the channels of the tested task's network others use too.
 """
 
 import base64
@@ -24,12 +24,11 @@ from weightsum_lib.core.keys import compact, overlap, widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
 from weightsum_lib.study.config import RunConfig
-from weightsum_lib.study.params import ALONE, BASELINE, RANDOM, SHARED, TRAINED, Params
-from weightsum_lib.study.runs import Study
+from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, SHARED, TRAINED, Params
+from weightsum_lib.study.runs import Measurement, Study
 from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
 from weightsum_lib.study.train import logits_of
 
-DRAWS = 10  # of both networks' keys
 SHARE, NARROW = 1 / 8, 64  # of random keys in the report's sums of strangers: k, and the room of narrow layers
 _BATCH = 500  # test images whose own statistics the policy "batch" uses
 _BLOCK = 10  # neighbouring images that are drawn together: SVHN's share a house number
@@ -74,26 +73,28 @@ class Case:
 def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     """The long frame of some cases; every run that they need is trained first, in one queue."""
     cases, rows = list(cases), []
-    study.train_all([member.config for case in cases for member in case.what.members])
-    for case in cases:
-        compute = partial(accuracies, study, case.what, case.policy, case.tested, case.split)
-        settings = {k: getattr(case, k) for k in ("policy", "tested", "split")}
-        found = _measured(study, compute, case.what, case.tested, **settings)
+    settings = [{k: getattr(case, k) for k in ("policy", "tested", "split")} for case in cases]
+    wanted = [
+        measurement(partial(accuracies, study, case.what, **how), case.what, case.tested, **how)
+        for case, how in zip(cases, settings, strict=True)
+    ]
+    for case, found in zip(cases, study.measured(wanted), strict=True):
         about = {k: v for k, v in vars(case).items() if k not in ("what", "tested")}
         about |= {"share": case.what.share, "narrow": case.what.narrow, "draw": case.what.draw}
+        shared = case.what.shared()
         for name in case.tested:
             percents = {k: found[name][k] for k in ("accuracy", "confidence")}
             sampling = sampling_error(found[name]["right"], found[name]["images"])
-            rows.append({**about, "tested": name.split(" renamed")[0], **percents, "sampling": sampling})
+            row = {**about, "tested": name.split(" renamed")[0], **percents, "sampling": sampling}
+            rows.append({**row, "shared": shared.get(name, math.nan)})
     return pd.DataFrame(rows)
 
 
-def _measured(study: Study, compute: partial, what: Sum, names: Sequence[str], **settings):
-    """A measurement of one description, from the cache where the same has been measured."""
+def measurement(compute: partial, what: Sum, names: Sequence[str], **settings) -> Measurement:
+    """A measurement of one description."""
     about = {k: v for k, v in asdict(what).items() if k != "members"} | {"roles": [m.role for m in what.members]}
-    names = sorted({*names, *what.tasks})
-    settings = {**settings, "what": about, "data": names}
-    return study.measured(compute, [m.config for m in what.members], settings, f"study.sums:{what.how}")
+    settings = {**settings, "what": about, "data": sorted({*names, *what.tasks})}
+    return Measurement(compute, [m.config for m in what.members], settings, [f"study.sums:{what.how}"])
 
 
 def policies_of(p: Params, method: str) -> list[str]:
@@ -118,7 +119,8 @@ def queue(study: Study) -> list[RunConfig]:
     """
     p, pairs = study.params, (("mnist", "cifar10"), ("svhn", "cifar10"))
     by_seed = sorted(_rows(study), key=lambda row: row[1])
-    parts = [(m, s) for s in p.choice_seeds_of(RANDOM) for m in (RANDOM, ALONE, *p.parts) if s in p.choice_seeds_of(m)]
+    chosen = [RANDOM, ALONE, *[DISJOINT] * any(m.keys == "disjoint" for m in p.parts.values()), *p.parts]
+    parts = [(m, s) for s in p.choice_seeds_of(RANDOM) for m in chosen if s in p.choice_seeds_of(m)]
     found = []
     for method, seed in [*by_seed, *parts]:
         for main, support in pairs:
@@ -132,14 +134,6 @@ def queue(study: Study) -> list[RunConfig]:
 _START = {"sum": "the sum", "main": "θ_main", "random": "random weights"}
 
 
-def pair_members(study: Study, method: str, main: str, support: str, seed: int) -> list[Member]:
-    """θ_main and θ_support of an ``independent`` or ``joint`` row."""
-    if study.params.method(method).protocol == "joint":
-        config = study.config(method, main, support, seed)
-        return [Member(config, "main"), Member(config, "support")]
-    return [Member(study.config(method, name, seed=seed)) for name in (main, support)]
-
-
 def _pairs(study: Study, main: str, support: str) -> Iterator[Case]:
     task, both = "1" if main == "mnist" else "2", (main, support)
     for method, seed in _rows(study):
@@ -149,10 +143,10 @@ def _pairs(study: Study, main: str, support: str) -> Iterator[Case]:
                 yield Case(task, label, seed, "main", alone(Member(study.alone(config))), OWN, (main,))
                 yield Case(task, label, seed, "sum", alone(Member(config)), "per_task", both)
             continue
-        members = pair_members(study, method, main, support, seed)
-        for name, member in zip(("main", "support"), members, strict=True):
+        pair = pair_members(study, method, main, support, seed)
+        for name, member in zip(("main", "support"), pair, strict=True):
             yield Case(task, method, seed, name, alone(member), OWN, both)
-        total = keyed(study, method, members)
+        total = keyed(study, method, pair)
         for policy in policies_of(study.params, method):
             yield Case(task, method, seed, "sum", total, policy, both)
 
@@ -166,15 +160,29 @@ def pairs(study: Study, main: str, support: str) -> pd.DataFrame:
     return frame(study, _pairs(study, main, support))
 
 
-def main_config(study: Study, method: str, main: str, support: str, seed: int) -> RunConfig:
-    """The run that makes θ_main of a row: alone, or with its support network."""
-    joint = study.params.method(method).protocol == "joint"
-    return study.config(method, main, support if joint else "", seed)
+def members(study: Study, method: str, networks: Sequence[str | tuple[str, str, str]], seed: int) -> list[Member]:
+    """Networks of a row that never met, unless two of them are a pair.
+
+    Args:
+        study: where the networks come from.
+        method: row of the report.
+        networks: for each its task, the task of the partner that it was trained beside, and its role ("main" or
+            "support") in that pair; a text is the task of a main network beside CIFAR-10. A row trained alone has no
+            partners.
+        seed: repetition.
+    """
+    found, joint = [], study.params.method(method).protocol == "joint"
+    for network in networks:
+        task, partner, role = (network, "cifar10", "main") if isinstance(network, str) else network
+        pair = (task, partner) if role == "main" else (partner, task)
+        config = study.config(method, *pair, seed) if joint else study.config(method, task, seed=seed)
+        found.append(Member(config, role if joint else "main"))
+    return found
 
 
-def stranger_members(study: Study, method: str, names: Sequence[str], seed: int, support: str = "cifar10"):
-    """The main networks of several tasks, trained apart from each other."""
-    return [Member(main_config(study, method, name, support, seed)) for name in names]
+def pair_members(study: Study, method: str, main: str, support: str, seed: int) -> list[Member]:
+    """θ_main and θ_support of an ``independent`` or ``joint`` row."""
+    return members(study, method, [(main, support, "main"), (support, main, "support")], seed)
 
 
 def _summed_rows(study: Study) -> Iterator[tuple[str, int]]:
@@ -182,22 +190,23 @@ def _summed_rows(study: Study) -> Iterator[tuple[str, int]]:
     return (row for row in _rows(study) if study.params.method(row[0]).protocol != "sequential")
 
 
-def _alone(about: Sequence, members: Sequence[Member], both: tuple[str, ...], split: str) -> Iterator[Case]:
+def _alone(about: Sequence, each: Sequence[Member], split: str) -> Iterator[Case]:
     """What sums are compared with: each network on all tasks, the others' as a control, and the ensemble of logits."""
-    for member in members:
-        yield Case(*about, member.task, alone(member), OWN, both, split)
-    yield Case(*about, "ensemble", Sum(tuple(members), both, "ensemble"), OWN, both, split)
+    tasks = tuple(member.task for member in each)
+    for member in each:
+        yield Case(*about, member.task, alone(member), OWN, tasks, split)
+    yield Case(*about, "ensemble", Sum(tuple(each), tasks, "ensemble"), OWN, tasks, split)
 
 
 def _strangers(study: Study, first: str, second: str) -> Iterator[Case]:
     both, p = (first, second), study.params
     for method, seed in _summed_rows(study):
-        members, about = stranger_members(study, method, both, seed), ("3", method, seed)
-        yield from _alone(about, members, both, "test")
-        total = keyed(study, method, members, SHARE, narrow=NARROW)
+        pair, about = members(study, method, both, seed), ("3", method, seed)
+        yield from _alone(about, pair, "test")
+        total = keyed(study, method, pair, SHARE, narrow=NARROW)
         headline = headline_policy(p, method)
         for policy in policies_of(p, method):
-            for number in range(DRAWS if policy == headline and total.keys == "random" else 1):
+            for number in range(p.draws if policy == headline and total.keys == "random" else 1):
                 yield Case(*about, "sum", replace(total, draw=number), policy, both)
         names = (first, f"{second} renamed {shift_of(total)}")
         yield Case(*about, "renamed", replace(total, how="renamed"), headline, names)
@@ -209,7 +218,7 @@ def strangers(study: Study, first: str, second: str) -> pd.DataFrame:
     Each network is tested on both tasks (on the other's it is the control without which the sum means nothing), and
     there are the ``ensemble`` of the logits and the sum with ``renamed`` classes, in which two digit networks can't
     help each other. Random keys are of the share ``SHARE``, with ``NARROW``; under the row's headline policy there are
-    ``DRAWS`` draws of them.
+    as many draws of them as the parameter ``draws`` says.
     """
     return frame(study, _strangers(study, first, second))
 
@@ -217,37 +226,41 @@ def strangers(study: Study, first: str, second: str) -> pd.DataFrame:
 def curve(
     study: Study,
     methods: Sequence[str],
-    names: Sequence[str],
-    shares: Sequence[float],
+    networks: Sequence[str | tuple[str, str, str]],
+    shares: Sequence[float] = (SHARE,),
+    *,
     narrow: Sequence[int] = (NARROW,),
-    policies: Sequence[str] = ("by_owner",),
-    draws: int = DRAWS,
+    policy: str = "",
+    draws: int | None = None,
     seeds: Sequence[int] | None = None,
     split: str = "test",
     **about,
 ) -> pd.DataFrame:
-    """Sums of the same networks under random keys of several shares; nothing is trained anew.
+    """Sums of the same networks under keys of several shares, and what they are compared with; nothing is trained anew.
 
     Args:
         study: where the networks come from.
-        methods: rows with random keys.
-        names: the tasks of the networks that are summed.
-        shares: of a sum's channels that each network has, k.
+        methods: rows with keys.
+        networks: those that are summed (:func:`members`).
+        shares: of a sum's channels that each network has, k, where keys are random. Disjoint keys are those of the
+            row, or share out the sum's channels among the networks where those don't suffice.
         narrow: for each a curve, see :class:`~weightsum_lib.study.sums.Sum`.
-        policies: of the batch-norm statistics.
-        draws: of the keys.
+        policy: of the batch-norm statistics; by default that of each row's headline.
+        draws: of random keys, at most as many as the parameter ``draws``; by default so many.
         seeds: of the networks; by default those of the row.
         split: "test" or "val".
         about: further fields of the sums.
     """
-    both, cases = tuple(names), []
+    cases, most = [], min(draws or study.params.draws, study.params.draws)
     for method in methods:
+        how = policy or headline_policy(study.params, method)
         for seed in study.params.seeds_of(method) if seeds is None else seeds:
-            members, head = stranger_members(study, method, both, seed), (str(len(both)), method, seed)
-            cases += _alone(head, members, both, split)
-            for share, least, policy, number in product(shares, narrow, policies, range(draws)):
-                total = keyed(study, method, members, share, narrow=least, draw=number, **about)
-                cases.append(Case(*head, "sum", total, policy, both, split))
+            each, head = members(study, method, networks, seed), (str(len(networks)), method, seed)
+            cases += _alone(head, each, split)
+            random = study.params.method(method).keys == "random"
+            for share, least, number in product(shares, narrow, range(most)) if random else [(None, 0, 0)]:
+                total = keyed(study, method, each, share, narrow=least, draw=number, **about)
+                cases.append(Case(*head, "sum", total, how, total.tasks, split))
     return frame(study, cases)
 
 
@@ -259,10 +272,10 @@ def room(
     Columns: ``share``, ``layer``, ``channels`` of a network, ``room`` of the sum, ``shared``, the expected number of
     channels that both have, ``used``, bytes (float32) of the sum's weights in the channels that it uses.
     """
-    rows, members = [], stranger_members(study, method, names, 0)
+    rows, each = [], members(study, method, names, 0)
     for share in shares:
-        what = keyed(study, method, members, share, narrow=narrow)
-        keys = [what.key_of(i) for i in range(len(members))]
+        what = keyed(study, method, each, share, narrow=narrow)
+        keys = [what.key_of(i) for i in range(len(each))]
         used = 4 * sum(p.numel() for p in made(study, what).weights().values())
         for layer, size in keys[0].sizes.items():
             n = len(keys[0].positions[layer])
@@ -270,40 +283,6 @@ def room(
                 {"share": share, "layer": layer, "channels": n, "room": size, "shared": n * n / size, "used": used}
             )
     return pd.DataFrame(rows)
-
-
-def several(
-    study: Study,
-    method: str,
-    networks: Sequence[tuple[str, str, str]],
-    seed: int,
-    shares: Sequence[float] = (SHARE,),
-    draws: int = DRAWS,
-) -> pd.DataFrame:
-    """The sum of several networks on all their tasks, and what it is compared with, under the row's headline policy.
-
-    Args:
-        study: where the networks come from.
-        method: row of the report.
-        networks: for each its task, the task of the partner that it was trained beside, and its role ("main" or
-            "support") in that pair. A row trained alone has no partners.
-        seed: repetition.
-        shares: see :func:`curve`.
-        draws: of random keys.
-    """
-    members = []
-    for task, partner, role in networks:
-        pair = (task, partner) if role == "main" else (partner, task)
-        if study.params.method(method).protocol == "joint":
-            members.append(Member(study.config(method, *pair, seed), role))
-        else:
-            members.append(Member(study.config(method, task, seed=seed)))
-    random, about = study.params.method(method).keys == "random", (str(len(members)), method, seed)
-    each = product(shares, range(draws)) if random else [(None, 0)]
-    sums = [keyed(study, method, members, share, narrow=NARROW, draw=number) for share, number in each]
-    tasks, policy = sums[0].tasks, headline_policy(study.params, method)
-    cases = [Case(*about, "sum", each, policy, tasks) for each in sums]
-    return frame(study, [*_alone(about, members, tasks, "test"), *cases])
 
 
 _STRANGER = "sum with random weights of the partner's norms"
@@ -327,12 +306,12 @@ def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
     """
     both, cases = (first, second), []
     for row, seed in _rows(study):
-        pair = tuple(stranger_members(study, row, both, seed)) if row in _MERGERS else ()
+        pair = tuple(members(study, row, both, seed)) if row in _MERGERS else ()
         found = [(label, pair, how, scales, both) for label, how, scales in _MERGERS.get(row, ())]
         if row == BASELINE:
             found += [(_STRANGER, p, "stranger", (), (p[0].task,)) for p in (pair, pair[::-1])]
-        for label, members, how, scales, tested in found:
-            what = Sum(members, both, how, coefficients=scales)
+        for label, merged, how, scales, tested in found:
+            what = Sum(merged, both, how, coefficients=scales)
             cases.append(Case("3", label, seed, "merged", what, OWN if how == "ensemble" else "union", tested))
     return frame(study, cases)
 
@@ -353,10 +332,20 @@ def ceilings(study: Study, first: str, second: str) -> pd.DataFrame:
     return frame(study, cases)
 
 
+def standin_worth(study: Study, name: str) -> pd.DataFrame:
+    """What a network that was trained on a dataset's stand-in alone reads of the dataset's own test images; seed 0.
+
+    Policy: statistics of the stand-in's training images, then (``per_task``) of the dataset's.
+    """
+    member, tested = Member(study.config(BASELINE, f"{name} stand-in")), (name, f"{name} stand-in")
+    policies = (OWN, "per_task")
+    return frame(study, [Case("2", BASELINE, 0, "sum", alone(member), policy, tested) for policy in policies])
+
+
 def _pair(study: Study, method: str, first: str, second: str, apart: bool, seed: int) -> Sum:
     both = (first, second)
     if apart:
-        return keyed(study, method, stranger_members(study, method, both, seed), SHARE, narrow=NARROW)
+        return keyed(study, method, members(study, method, both, seed), SHARE, narrow=NARROW)
     return keyed(study, method, pair_members(study, method, *both, seed))
 
 
@@ -376,7 +365,7 @@ def plane(study: Study, method: str, first: str, second: str, strangers: bool = 
         ``coefficients`` (n,), and for each dataset name an n × n list, rows α, columns β, in percent.
     """
     points, what = study.params.plane_points, _pair(study, method, first, second, strangers, seed)
-    return _measured(study, partial(_plane, study, what, points), what, what.tasks, points=points)
+    return study.measured([measurement(partial(_plane, study, what, points), what, what.tasks, points=points)])[0]
 
 
 def _plane(study: Study, what: Sum, points: int) -> dict:
@@ -411,7 +400,7 @@ def explained(
     """
     what = _pair(study, method, first, second, strangers, seed)
     policy = headline_policy(study.params, method) if strangers else "per_task"
-    rows = _measured(study, partial(_explained, study, what, policy), what, what.tasks, policy=policy)
+    rows = study.measured([measurement(partial(_explained, study, what, policy), what, what.tasks, policy=policy)])[0]
     return pd.DataFrame(rows).assign(method=method)
 
 

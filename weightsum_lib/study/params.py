@@ -22,6 +22,7 @@ ALONE = "keys alone"  # and those of their size that are trained plainly
 SHARED = "shared start"  # a row that the report tells of where a profile has it
 CHOICE = 100  # the first seed of networks that choices are made with
 _NAMED = ("protocol", "third", "keys", "start", "network_width", "sum_width")  # what a recipe's name stands for
+_OF_ROWS = ("rows", "parts", "merged")  # knobs that hold a recipe for each label
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 CLAIMS = PARAMS_DIR / "claims.yaml"
 _TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
@@ -51,6 +52,7 @@ def _is_inside(folder: str) -> bool:
 
 _ALL, _ALONE_OR_JOINT, _JOINT = ("independent", "sequential", "joint"), ("independent", "joint"), ("joint",)
 _THIRDS = ("none", "ce", "signed_gap", "loss_gap", "distill", "logit_difference")
+_NO_TASK = ("nothing", "noise", "patches", "blends", "any")
 _ANY, _SHARE = (lambda value: True, ""), _from(0, 1)
 
 
@@ -76,8 +78,10 @@ class Method:
     symmetric: bool = _knob("the sum must keep the support task too", _ANY, False)
     symmetric_to: str = _knob("whom that term teaches", _one_of("both", "main"), "both")
     quiet: float = _knob("factor on how loudly each network answers the other's images", _from(0, 1000), 0.0)
+    quiet_also: str = _knob("on what images of no task, too", _one_of(*_NO_TASK), "nothing")
     label_smoothing: float = _knob("share of a target spread over all classes", _SHARE, 0.0, _ALONE_OR_JOINT)
     equal_norms: bool = _knob("both networks' layers are held at equal norms", _ANY, False)
+    pruned: bool = _knob("all but the largest tenth of each hidden layer's weights are zero", _ANY, False)
     keys: str = _knob("a network's channels", _one_of("none", "random", "disjoint"), "none", _ALONE_OR_JOINT, _JOINT)
     network_width: float = _knob("factor on the width of each network", _above(0, 64), 1.0, _ALONE_OR_JOINT)
     sum_width: float = _knob("factor on the width of their sum", _above(0, 64), 1.0, _ALONE_OR_JOINT, _JOINT)
@@ -85,7 +89,7 @@ class Method:
     permuted_main: bool = _knob("in those steps the main network lies elsewhere too", _ANY, False)
     owner_statistics: bool = _knob("in the sum each channel has its owner's batch-norm statistics", _ANY, False)
     centered_scale: bool = _knob("batch norm stores its scale's deviation from 1", _ANY, False, _ALONE_OR_JOINT)
-    start: str = _knob("where networks start", _one_of("random", "shared"), "random", ("independent",))
+    start: str = _knob("where networks start", _one_of("random", "shared"), "random", _ALONE_OR_JOINT)
     seeds: int = _knob("at most so many seeds", _from(1, 1000), 1000, _ALL, ())
 
     def trained(self) -> "Method":
@@ -120,9 +124,12 @@ class Params:
     plane_points: int = _knob("points along a plane's axis", (lambda v: v in range(4, 99, 3), "4, 7, 10, … or 97"))
     seeds: int = _knob("seeds 0, 1, … of each method", _from(1, 1000))
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
+    draws: int = _knob("draws of random keys", _from(1, 1000))
     ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _from(0, 1000))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
+    merged: dict = _knob("label: recipe of each row whose networks the page beside others merges")
+    halves: list = _knob("what that page halves: datasets, their classes 0-4 and 5-9, or such with ' resnet20' behind")
     allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
     data_dir: str = _knob("folder of the prepared datasets; empty: no files", (str.isprintable, "printable text"))
     results_dir: str = _knob("folder of the results", (_is_inside, "a folder in the repository, or an absolute path"))
@@ -132,8 +139,9 @@ class Params:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """The rows of the report and those of the page on what transfers, by label."""
-        return self.rows | self.parts
+        """The rows of the report, those of the page on what transfers, and those beside others, by label."""
+        report = self.rows | self.parts
+        return report | self.merged | report  # a label of both is the report's, with its seeds
 
     def method(self, label: str) -> Method:
         """The switches of a row."""
@@ -157,7 +165,7 @@ class Params:
 
     def as_dict(self) -> dict:
         """All knobs, JSON-able; read again they give equal parameters."""
-        return vars(self) | {n: {k: m.switches() for k, m in getattr(self, n).items()} for n in ("rows", "parts")}
+        return vars(self) | {n: {k: m.switches() for k, m in getattr(self, n).items()} for n in _OF_ROWS}
 
 
 def slug(label: str) -> str:
@@ -240,6 +248,8 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
         yield "'symmetric_to' wants 'symmetric: true'"
     if m.permuted_main and not m.permuted_support:
         yield "'permuted_main' wants a 'permuted_support'"
+    if m.quiet_also != "nothing" and not m.quiet:
+        yield "'quiet_also' wants a 'quiet'"
     if not (size >= 1 / 64 and p.width * m.sum_width <= 16):
         yield f"with 'width' {p.width:g} the widths are out of bounds: each network's ≥ 1/64, the sum's ≤ 16"
     if not p.twin(label):
@@ -252,15 +262,18 @@ def _against(p: Params) -> Iterator[str]:
         if label not in p.rows:
             yield f"'rows' lacks '{label}', which the findings of the report compare"
     slugs = {}
-    for label in (*p.rows, *p.parts):
+    for label in p.methods:
         if slugs.setdefault(slug(label), label) != label:
             yield f"the labels '{slugs[slug(label)]}' and '{label}' are one as a file's name; change one"
         if label in p.rows and label in p.parts:
             yield f"'{label}' is in 'rows' and in 'parts'; a row has one name and one place"
         yield from (f"method '{label}': {why}" for why in _against_method(p, label))
-    for name in p.allow_standin:
-        if name not in list(DATASETS):
-            yield f"'allow_standin' names {_SHORT.repr(name)}; {_nearest(name, DATASETS)}"
+    if not p.halves or not {ALONE, DISJOINT} <= p.merged.keys():
+        yield f"the page beside others wants something to halve ('halves'), and '{ALONE}' and '{DISJOINT}' in 'merged'"
+    known = {"allow_standin": list(DATASETS), "halves": [n + arch for n in DATASETS for arch in ("", " resnet20")]}
+    for knob, names in known.items():
+        for name in (name for name in getattr(p, knob) if name not in names):
+            yield f"'{knob}' names {_SHORT.repr(name)}; {_nearest(name, names)}"
     if p.epoch_images < p.batch_size:
         yield f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})"
     if p.calibration_images > p.train_images - p.train_images // 10:
@@ -280,7 +293,7 @@ def check(values: Mapping, where: str) -> Params:
         ParamsError: unknown, missing, of the wrong type, or impossible.
     """
     p, recipes = _make(Params, values, where), _read("recipes")
-    made = {n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in ("rows", "parts")}
+    made = {n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in _OF_ROWS}
     p = replace(p, **made)
     for why in _against(p):
         raise ParamsError(f"{where}: {why}")

@@ -5,37 +5,26 @@ import functools
 import json
 import os
 import platform
-import sys
-import threading
+import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-import joblib
 import torch
-from filelock import Timeout
+from torch.utils.flop_counter import FlopCounterMode
 
-from weightsum_lib.study import data, store, train
+from weightsum_lib.core import models
+from weightsum_lib.study import data, pool, store, train
 from weightsum_lib.study.config import RunConfig, build
 from weightsum_lib.study.params import DATASETS, Params, ParamsError, check
+from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
 _MOST_AT_ONCE = 4  # a worker takes about a gigabyte
 _LOADED = 24  # runs whose networks are kept in memory
-PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # a file to which progress lines go, so that a notebook stays clean
-
-
-def report_progress(line: str, path: str | None = None) -> None:
-    """Say one line to whoever runs the study: into the runner's file, else on standard error."""
-    path = path or os.environ.get(PROGRESS_VARIABLE)
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    else:
-        print(line, file=sys.stderr, flush=True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -73,7 +62,7 @@ def code_roots(config: RunConfig) -> list[str]:
     return ["study.train:train", "study.config:RunConfig", *named, *(f"study.train:{f.__name__}" for f in functions)]
 
 
-def run_key(config: RunConfig, digests: dict[str, str], device: str) -> str:
+def run_content(config: RunConfig, digests: Mapping[str, str], device: str) -> dict:
     """What a run is cached under: all that it uses and no more.
 
     Of the configuration that is what the code which the run reaches reads; a new switch at its default, whose code
@@ -86,7 +75,7 @@ def run_key(config: RunConfig, digests: dict[str, str], device: str) -> str:
     """
     roots, values = code_roots(config), asdict(config)
     read, method = store.attributes(*roots), values.pop("method")
-    content = {
+    return {
         "config": {name: value for name, value in values.items() if name in read},
         "method": {name: value for name, value in method.items() if name in read},
         "data": digests,
@@ -94,7 +83,48 @@ def run_key(config: RunConfig, digests: dict[str, str], device: str) -> str:
         "versions": {name: version(name).split("+")[0].rpartition(".")[0] for name in ("torch", "torchvision")},
         "code": store.code_digest(*roots),
     }
-    return store.content_key(content)
+
+
+def run_key(config: RunConfig, digests: Mapping[str, str], device: str) -> str:
+    """A short digest of :func:`run_content`."""
+    return store.content_key(run_content(config, digests, device))
+
+
+@functools.cache
+def _flop(arch: str, in_channels: int, width: float) -> float:
+    """FLOP of a forward and a backward pass of one image through a network."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        getattr(models, arch)(in_channels, width=width)(torch.empty(2, in_channels, 32, 32)).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def work(config: RunConfig) -> float:
+    """FLOP of a whole run, counted: its passes through the networks, and through their sum, which keys make wider."""
+    m, flop = config.method, functools.partial(_flop, config.arch, config.in_channels)
+    passes, of_sum = 1, 0.0
+    if m.protocol == "joint":
+        passes = 2 + 2 * bool(m.quiet or m.owner_statistics) + 2 * (m.quiet_also != "nothing")
+        wide = min(2 * m.network_width, m.sum_width) if m.keys != "none" else m.network_width
+        of_sum = (1 + m.symmetric) * flop(config.width * wide) * (not m.owner_statistics)
+    own = passes * flop(config.width * m.network_width)
+    return config.trained_epochs * config.epoch_images * (own + of_sum)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """What is measured of finished runs; the value is JSON-able.
+
+    Attributes:
+        function: of a module, without arguments or a :func:`functools.partial` of one.
+        configs: the runs that it measures.
+        settings: what else the value depends on; ``settings["data"]`` names the datasets that it reads.
+        roots: definitions that ``function`` looks up by name (:func:`weightsum_lib.study.store.reached`).
+    """
+
+    function: Callable
+    configs: Sequence[RunConfig]
+    settings: dict
+    roots: Sequence[str] = ()
 
 
 class Study:
@@ -115,18 +145,27 @@ class Study:
         # relative folders are the repository's, wherever the notebook runs
         self.results = store.ROOT / params.results_dir
         self.data_dir = str(store.ROOT / params.data_dir) if params.data_dir else ""
+        self.cluster = os.environ.get(pool.CLUSTER_VARIABLE, "")
         self._datasets: dict[str, data.Dataset] = {}
         self._loaded: OrderedDict[str, Run] = OrderedDict()
         self._used: set[RunConfig] = set()
         self._measuring_seconds: dict[str, float] = {}
         self._step_seconds: dict[RunConfig, float] = {}
 
+    def __reduce__(self):  # what travels to a worker is the parameters; there a study is kept
+        return _study_of_worker, (json.dumps(self.params.as_dict()),)
+
     def dataset(self, name: str) -> data.Dataset:
-        """A dataset, or a task made from some (:func:`weightsum_lib.study.data.variant`), on the study's device."""
+        """A dataset, or a task made from some (:func:`weightsum_lib.study.data.variant`), on the study's device.
+
+        ``svhn stand-in`` is the synthetic stand-in for one, whether that is there or not.
+        """
         if name not in self._datasets:
-            if name in DATASETS:
-                p, folder = self.params, str(self.results / "standins")
-                made = data.load(name, self.data_dir, p.allow_standin, p.train_images, p.test_images, folder)
+            p, known, folder = self.params, name.removesuffix(" stand-in"), str(self.results / "standins")
+            if known in DATASETS:
+                source, allowed = ("", [known]) if known != name else (self.data_dir, p.allow_standin)
+                made = data.load(known, source, allowed, p.train_images, p.test_images, folder)
+                made = replace(made, name=name)
             else:
                 made = data.variant(name, self.dataset)
             self._datasets[name] = made.to(self.device)
@@ -159,17 +198,25 @@ class Study:
         method = replace(config.method, protocol="independent")
         return replace(config, method=method, support="", start="random", finetune_epochs=0)
 
-    def _parents(self, config: RunConfig) -> list[RunConfig]:
+    def parents(self, config: RunConfig) -> list[RunConfig]:
         """The independent runs that a sequential run starts from."""
         if config.method.protocol != "sequential" or config.start == "random":
             return []
         alone = self.alone(config)
         return [alone] + ([replace(alone, main=config.support)] if config.start == "sum" else [])
 
-    def folder(self, config: RunConfig) -> Path:
-        """Where a run is kept, under its :func:`run_key`."""
+    def content(self, config: RunConfig) -> dict:
+        """The :func:`run_content` of a run here."""
         digests = {name: self.dataset(name).training_digest for name in (config.main, config.support) if name}
-        return self.results / "runs" / run_key(config, digests, self.device.type)
+        return run_content(config, digests, self.device.type)
+
+    def with_parents(self, configs: Sequence[RunConfig]) -> list[RunConfig]:
+        """Some runs, and before each those that it starts from."""
+        return list(dict.fromkeys(c for config in configs for c in (*self.parents(config), config)))
+
+    def folder(self, config: RunConfig) -> Path:
+        """Where a run is kept, under the digest of its content."""
+        return self.results / "runs" / store.content_key(self.content(config))
 
     def run(self, config: RunConfig) -> Run:
         """The finished run: from the cache, or trained now (see :meth:`train_all`)."""
@@ -179,38 +226,54 @@ class Study:
     def train_all(self, configs: Sequence[RunConfig]) -> None:
         """Finish several runs, with an estimate of the time left for all of them.
 
-        One study trains at a time; a killed one goes on after the last finished epoch of each run. On a CPU
-        ``networks_at_once`` processes share the cores, one thread each, so that how many they are changes no result.
+        One process trains at a time; a killed one goes on after the last finished epoch of each run. On a CPU
+        ``networks_at_once`` processes share the cores, one thread each, so that how many they are changes no result;
+        so do the workers of a cluster. A run starts as soon as its parents are finished.
         """
-        queue = list(dict.fromkeys(c for config in configs for c in (*self._parents(config), config)))
+        queue = self.with_parents(configs)
         self._used.update(configs)
         if any(map(self.is_missing, queue)):
-            with _alone(self.results / "training.lock"):
+            with store.alone(self.results / "training.lock", report_progress):
                 self._train([c for c in queue if self.is_missing(c)])
 
     def is_missing(self, config: RunConfig) -> bool:
         """Whether a run is not finished yet."""
-        return store.read_json(self.folder(config) / "run.json") is None
+        return store.read_sealed(self.folder(config) / "run.json") is None
 
     def _train(self, missing: Sequence[RunConfig]) -> None:
-        done = self.results / "training.done"  # a line an epoch, of whichever process has trained it
+        done = self.results / "training.done"
         done.unlink(missing_ok=True)
-        progress = _Progress(
-            len(missing), sum(c.work for c in missing), time.time(), str(done), os.environ.get(PROGRESS_VARIABLE)
-        )
-        say = {c: functools.partial(progress.epoch, number, c) for number, c in enumerate(missing, start=1)}
-        while missing:
-            ready = [c for c in missing if not any(map(self.is_missing, self._parents(c)))]
-            workers = min(len(ready), self.at_once())
-            if workers > 1:
-                params = json.dumps(self.params.as_dict())
-                jobs = [(store.code_digest(*code_roots(c)), params, c, say[c]) for c in ready]
-                joblib.Parallel(n_jobs=workers)(joblib.delayed(_in_worker)(*job) for job in jobs)
-            else:
-                for config in ready:
-                    self.train_here(config, say[config])
-            missing = [c for c in missing if self.is_missing(c)]
+        numbers = {config: number for number, config in enumerate(missing, start=1)}
+        with self._workers(len(missing)) as (workers, mark, shared):
+            path = os.environ.get(pool.PROGRESS_VARIABLE)
+            say = workers.hear(pool.Progress(sum(map(work, missing)), time.time(), str(done), path))
+
+            def job(config):
+                epochs, about = config.trained_epochs, f"run {numbers[config]}/{len(missing)} {config.describe()}"
+                said = functools.partial(_say, say, {"run": about, "epochs": epochs, "work": work(config) / epochs})
+                folders = map(self.folder, [] if shared else self.parents(config))
+                parents = {folder.name: store.packed(folder) for folder in folders}
+                same = self.same(self.content(config))
+                call = functools.partial(_train_run, self, config, same, said, mark, parents)
+                return pool.Job(self.folder(config).name, call, work(config))
+
+            for config, files in workers.each(missing, job, self.parents):
+                store.unpack(self.folder(config), files)
         done.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _workers(self, jobs: int) -> Iterator[tuple[pool.Pool, str, bool]]:
+        """Where so many jobs are done; a mark in the cache of runs, and whether all workers see it there."""
+        mark, path = secrets.token_hex(8), self.results / "mark.json"
+        store.write_json(path, mark)
+        resources = {"GPU": 1} if self.device.type == "cuda" else None
+        with pool.opened(min(jobs, self.at_once()), self.cluster, resources) as workers:
+            seen = workers.everywhere(functools.partial(_sees, self, mark))
+            yield workers, mark, all(each is True for each in seen)
+
+    def same(self, content: dict) -> dict:
+        """What has to be equal wherever something is trained or measured: its content, versions, and precision."""
+        return content | {"versions": _versions(), "precision": self.precision}
 
     def hours(self, config: RunConfig) -> float:
         """How long a run takes here, from a step that is measured; in one thread, with nothing beside it."""
@@ -245,7 +308,7 @@ class Study:
         for left in folder.glob(".*"):  # by a process that was killed while it wrote
             left.unlink()
         datasets = {name: self.dataset(name) for name in (config.main, config.support) if name}
-        parents = [self._load(c).networks["main"] for c in self._parents(config)]
+        parents = [self._load(c).networks["main"] for c in self.parents(config)]
         checkpoint = folder / "checkpoint.safetensors"
         with _one_thread():
             run = train.train(config, datasets, start=parents, checkpoint=checkpoint, on_epoch=on_epoch)
@@ -255,70 +318,77 @@ class Study:
             "config": asdict(config),
             "data": {name: dataset.describe() for name, dataset in datasets.items()},
             "history": run.history,
-            "made_with": {**_versions(), "commit": self.commit, "device": self._device_name()},
+            "made_with": {**_versions(), "commit": self.commit, "device": self.device_name()},
         }
-        store.write_json(folder / "run.json", content)
+        store.write_sealed(folder / "run.json", content)
         checkpoint.unlink(missing_ok=True)
 
+    @torch.no_grad()
     def _load(self, config: RunConfig) -> Run:
         folder = self.folder(config)
         if folder.name not in self._loaded:
-            content, found = store.read_json(folder / "run.json"), store.read_tensors(folder / "networks.safetensors")
-            if found is None or found[1] != folder.name:
+            content = store.read_sealed(folder / "run.json")
+            found, about = store.read_tensors(folder / "networks.safetensors") or ({}, None)
+            networks = {role: build(config, role).to(self.device).eval() for role in config.roles}
+            expected = {f"{r}/{k}": t for r, network in networks.items() for k, t in network.state_dict().items()}
+            if about != folder.name or not train.alike(found, expected):
                 name = folder / "networks.safetensors"
                 raise RuntimeError(f"{name} is damaged, missing or another run's; delete {folder} to train it again")
-            networks = {}
-            for role in config.roles:
-                networks[role] = build(config, role).to(self.device).eval()
-                state = {k.removeprefix(f"{role}/"): v for k, v in found[0].items() if k.startswith(f"{role}/")}
-                networks[role].load_state_dict(state)
+            for name, tensor in expected.items():
+                tensor.copy_(found[name])
             self._loaded[folder.name] = Run(config, networks, content["history"])
             while len(self._loaded) > _LOADED:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(folder.name)
         return self._loaded[folder.name]
 
-    def measured(self, function: Callable, configs: Sequence[RunConfig], settings: dict, *roots: str):
-        """A JSON-able measurement of finished runs, computed once for the same runs, settings, data and code.
-
-        Args:
-            function: a function of a module, called without arguments or a :func:`functools.partial` of one.
-            configs: the runs that it measures.
-            settings: what else the value depends on; ``settings["data"]`` names the datasets that it reads.
-            roots: definitions that ``function`` looks up by name (:func:`weightsum_lib.study.store.reached`).
-        """
-        self.train_all(configs)
-        p, inner = self.params, getattr(function, "func", function)
-        key = {
+    def content_of(self, m: Measurement) -> dict:
+        """What a measurement is cached under: the runs, settings, data and code that it depends on."""
+        inner = getattr(m.function, "func", m.function)
+        return {
             "what": inner.__name__,
-            "runs": [self.folder(config).name for config in configs],
-            "settings": {**settings, "calibration_images": p.calibration_images},
-            "data": {name: self.dataset(name).describe() for name in sorted(settings["data"])},
-            "code": store.code_digest(f"{inner.__module__.partition('.')[2]}:{inner.__name__}", *roots),
+            "runs": [self.folder(config).name for config in m.configs],
+            "settings": {**m.settings, "calibration_images": self.params.calibration_images},
+            "data": {name: self.dataset(name).describe() for name in sorted(m.settings["data"])},
+            "code": store.code_digest(f"{inner.__module__.partition('.')[2]}:{inner.__name__}", *m.roots),
         }
-        path = self.results / "measurements" / f"{store.content_key(key)}.json"
-        content = store.read_json(path)
-        if content is None or store.content_key(content["key"]) != path.stem:
-            started = time.perf_counter()
-            content = {"key": key, "value": function(), "seconds": time.perf_counter() - started}
-            store.write_json(path, content)
-        self._measuring_seconds[path.stem] = content["seconds"]
-        return content["value"]
+
+    def measured(self, wanted: Sequence[Measurement]) -> list:
+        """The values of measurements, each computed once for the same content; their runs are trained first.
+
+        Workers of a cluster compute them where they share the cache of runs, else this process.
+        """
+        self.train_all([config for m in wanted for config in m.configs])
+        contents = [self.content_of(m) for m in wanted]
+        paths = [self.results / "measurements" / f"{store.content_key(content)}.json" for content in contents]
+        missing = [i for i, path in enumerate(paths) if store.read_sealed(path) is None]
+
+        def job(i):
+            call = functools.partial(_measure, self, wanted[i], self.same(contents[i]))
+            return pool.Job(f"measure-{paths[i].stem}", call)
+
+        with self._workers(1) if missing else contextlib.nullcontext((pool.Pool(), "", True)) as (workers, _, shared):
+            for i, value in (workers if shared else pool.Pool()).each(missing, job):
+                store.write_sealed(paths[i], {"key": contents[i], **value})
+        found = [store.read_sealed(path) for path in paths]
+        self._measuring_seconds |= {path.stem: content["seconds"] for path, content in zip(paths, found, strict=True)}
+        return [content["value"] for content in found]
 
     def describe_data(self) -> dict[str, dict]:
         """What was read so far, by dataset (:meth:`weightsum_lib.Dataset.describe`)."""
         return {name: d.describe() for name, d in sorted(self._datasets.items()) if name in DATASETS}
 
-    def _device_name(self) -> str:
+    def device_name(self) -> str:
+        """What it computes on."""
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU, a thread a network"
 
     def provenance(self) -> dict:
         """What made a result: parameters, data, device, versions, commit, and the seconds that it took."""
-        histories = {f.name: store.read_json(f / "run.json")["history"] for f in map(self.folder, self._used)}
+        histories = {f.name: store.read_sealed(f / "run.json")["history"] for f in map(self.folder, self._used)}
         return {
             "params": self.params.as_dict(),
             "data": self.describe_data(),
-            "device": self._device_name(),
+            "device": self.device_name(),
             "precision": self.precision,
             "versions": _versions(),
             "commit": self.commit,
@@ -342,69 +412,51 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock between processes; say so if another one holds it."""
-    lock = store.lock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        report_progress("another process trains networks of this study; waiting until it has ended")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 @functools.lru_cache(maxsize=1)
 def _study_of_worker(params: str) -> Study:
     """A worker's study, kept so that it reads the datasets once; they don't travel."""
-    return Study(check(json.loads(params), "the parameters of a worker"))
+    study = Study(check(json.loads(params), "the parameters of a worker"))
+    study.cluster = ""
+    return study
 
 
-@functools.cache
-def _end_with_the_parent() -> None:
-    """Let this process end soon after the one that started it, however that ended."""
-
-    def watch(parent: int = os.getppid()):
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _sees(study: Study, mark: str) -> bool:
+    return store.read_json(study.results / "mark.json") == mark
 
 
-def _in_worker(code: str, params: str, config: RunConfig, on_epoch: Callable[[dict], None]) -> None:
-    """Train one of the runs that share the cores, in a process of its own."""
-    _end_with_the_parent()
-    if code != store.code_digest(*code_roots(config)):
-        raise RuntimeError("weightsum_lib was edited while it ran, so its workers have other code; start it again")
-    _study_of_worker(params).train_here(config, on_epoch)
+def _say(say: Callable[[dict], None], about: dict, row: dict) -> None:
+    say(about | row)
 
 
-@dataclass(frozen=True)
-class _Progress:
-    """A line an epoch for the terminal: where a queue of runs stands, and how long the rest will take."""
-
-    runs: int
-    work: float
-    started: float
-    done: str
-    path: str | None
-
-    def epoch(self, number: int, config: RunConfig, row: dict) -> None:
-        """An epoch has ended, in this process."""
-        with open(self.done, "a+", encoding="utf-8") as file:
-            file.write(f"{config.work / config.trained_epochs}\n")
-            file.flush()
-            file.seek(0)
-            done = sum(map(float, file))
-        left = (time.time() - self.started) / done * max(self.work - done, 0)
-        losses = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
-        values = " ".join(f"{k.removeprefix('val_')} {v:.1f}" for k, v in row.items() if k.startswith("val_"))
-        report_progress(
-            f"run {number}/{self.runs} {config.describe()} | epoch {row['epoch']}/{config.trained_epochs} "
-            f"{row['seconds']:.0f} s | loss {losses} | validation % {values} | about {left / 60:.1f} min left",
-            self.path,
+def _refuse(wanted: dict, here: dict) -> None:
+    """Raise RuntimeError where a worker would train or measure something else than it is asked for."""
+    if other := [name for name in wanted if wanted[name] != here[name]]:
+        told = "; ".join(f"{name}: {here[name]} instead of {wanted[name]}" for name in other)
+        raise RuntimeError(
+            f"the worker {platform.node()}, process {os.getpid()}, has other {', '.join(other)} than who asks it "
+            f"({told}); weightsum_lib was edited while it ran, or is another there: start it again with the same"
         )
+
+
+def _train_run(
+    study: Study, config: RunConfig, same: dict, said: Callable, mark: str, parents: Mapping[str, Mapping[str, bytes]]
+) -> dict[str, bytes]:
+    """Train a run, whatever process this is; its files, where who asks for it has another cache, known by its mark."""
+    _refuse(same, study.same(study.content(config)))
+    folder = study.folder(config)
+    for name, files in parents.items():
+        store.unpack(folder.with_name(name), files)
+    with store.lock(study.results / "locks" / folder.name):  # a worker that nobody waits for any more may still train
+        if study.is_missing(config):
+            study.train_here(config, said)
+    return {} if _sees(study, mark) else store.packed(folder)
+
+
+def _measure(study: Study, wanted: Measurement, same: dict) -> dict:
+    """Compute a measurement of finished runs, whatever process this is: its ``value`` and ``seconds``."""
+    _refuse(same, study.same(study.content_of(wanted)))
+    if any(map(study.is_missing, wanted.configs)):
+        raise RuntimeError(f"the worker {platform.node()} doesn't share {study.results}, which has the runs to measure")
+    started = time.perf_counter()
+    value = wanted.function()
+    return {"value": value, "seconds": time.perf_counter() - started}

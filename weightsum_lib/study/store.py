@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -9,10 +10,11 @@ import os
 import re
 import secrets
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import weightsum_lib
 
@@ -137,25 +139,57 @@ def commit() -> str:
     return "unknown"
 
 
+class StoreError(OSError):
+    """A file that can't be written; the message names it, and says what was needed and what to do."""
+
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+_LEFT = "." + 8 * "[0-9a-f]" + ".*"  # what :func:`replaced` calls a file that is not whole
+
+
 @contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes ``path`` when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+def replaced(path: Path, size: int = 0) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path`` when the block ends well, and vanishes when it does not.
+
+    Raises:
+        StoreError: the disk is full, or the folder can't be written; ``size`` is what was needed, in bytes.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.chmod(0o644)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # on the disk before it has the name
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_PLACE or isinstance(error, StoreError):
+            raise
+        needed = f" ({size:,} bytes were needed)" if size else ""
+        what = f"{path} can't be written: {error.strerror}{needed}; nothing half written is kept"
+        raise StoreError(f"{what}. Make room, or the folder writable: the same command goes on") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where nothing can be written there is nothing
+            temporary.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Delete what processes that were killed while they wrote have left in a folder: untouched for a minute."""
+    for left in folder.rglob(_LEFT):
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 60:
+                left.unlink()
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file in one piece: the old one or the new one, never half of it."""
+    with replaced(path, len(content)) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, content) -> None:
-    """Write JSON in one piece: the old file or the new one, never half of it."""
-    with replaced(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    """Write JSON in one piece."""
+    write_bytes(path, (json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
 def read_json(path: Path):
@@ -165,10 +199,24 @@ def read_json(path: Path):
     return None
 
 
-def _tensors_sha256(tensors: Mapping) -> str:
+def write_sealed(path: Path, content: Mapping) -> None:
+    """Write a JSON object with a digest of it and of its place, so that :func:`read_sealed` tells another or damage."""
+    content = json.loads(json.dumps(content))  # as it will be read
+    write_json(path, content | {"seal": content_key([*path.parts[-2:], content])})
+
+
+def read_sealed(path: Path) -> dict | None:
+    """What :func:`write_sealed` has written there; None where there is nothing, or something else."""
+    found = read_json(path)
+    if isinstance(found, dict) and found.pop("seal", "") == content_key([*path.parts[-2:], found]):
+        return found
+    return None
+
+
+def _tensors_sha256(tensors: Mapping, about: str) -> str:
     import torch  # slow to load, and not wanted where make finds nothing to do
 
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -178,11 +226,10 @@ def _tensors_sha256(tensors: Mapping) -> str:
 
 def write_tensors(path: Path, tensors: Mapping, about) -> None:
     """Write tensors by name with their checksum and JSON-able words ``about`` them (safetensors), in one piece."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with replaced(path) as temporary:
-        save_file(tensors, temporary, {"about": json.dumps(about), "sha256": _tensors_sha256(tensors)})
+    tensors, about = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, json.dumps(about)
+    write_bytes(path, save(tensors, {"about": about, "sha256": _tensors_sha256(tensors, about)}))
 
 
 def read_tensors(path: Path) -> tuple[dict, object] | None:
@@ -191,12 +238,46 @@ def read_tensors(path: Path) -> tuple[dict, object] | None:
 
     with contextlib.suppress(OSError, ValueError, SafetensorError), safe_open(path, "pt") as file:
         tensors, written = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        about = json.loads(written.get("about", ""))
-        if written.get("sha256") == _tensors_sha256(tensors):
-            return tensors, about
+        about = written.get("about", "")
+        if written.get("sha256") == _tensors_sha256(tensors, about):
+            return tensors, json.loads(about)
     return None
+
+
+def packed(folder: Path) -> dict[str, bytes]:
+    """A folder's files, to travel; ``{}`` where there are none."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*"))}
+
+
+def unpack(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Put files that have travelled into a folder, the last one last, each in one piece."""
+    for name, content in files.items():
+        write_bytes(folder / name, content)
 
 
 def lock(path: Path) -> FileLock:
     """A lock between processes, e.g. so that two notebooks never train at once; a dead process holds none."""
     return FileLock(path)
+
+
+@contextlib.contextmanager
+def alone(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Hold a lock between processes, which ends with its process; who waits says for whom, and then for how long."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held, owner, started = lock(path), path.with_suffix(".owner"), time.time()
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        who = "another process"
+        with contextlib.suppress(OSError):
+            who += f" ({owner.read_text(encoding='utf-8')})"
+        say(f"{who} holds {path.name}; waiting until it has ended, as long as it takes (Ctrl-C stops the waiting)")
+        held.acquire()
+        say(f"{path.name}: waited {time.time() - started:.0f} s")
+    try:
+        owner.write_text(f"process {os.getpid()}, since {time.strftime('%H:%M:%S')}", encoding="utf-8")
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink()
+        held.release()

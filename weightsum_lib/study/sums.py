@@ -83,6 +83,17 @@ class Sum:
             key = replace(key, positions=dealt | {self.only: key.positions[self.only]})
         return key
 
+    def shared(self) -> dict[str, float]:
+        """By task, the share of its network's channels that others of the sum use too: the mean over the layers."""
+        if self.keys != "random":
+            return {}
+        keys, found = compact([self.key_of(i) for i in range(len(self.members))]), {name: [] for name in self.tasks}
+        for group, size in keys[0].sizes.items():
+            uses = sum(torch.bincount(key.positions[group], minlength=size) for key in keys)
+            for name, key in zip(self.tasks, keys, strict=True):
+                found[name].append((uses[key.positions[group]] > 1).double().mean().item())
+        return {name: sum(each) / len(each) for name, each in found.items()}
+
 
 def alone(member: Member) -> Sum:
     """One network, nothing added."""
@@ -97,13 +108,16 @@ def keyed(study: Study, method: str, members: Sequence[Member], share: float | N
         method: row of the report.
         members: the networks.
         share: of random keys, the share k of the sum's channels that each network has; by default that of training.
+            Disjoint keys have that of training, or a smaller one where the networks are too many for it.
         about: further fields of :class:`Sum`.
     """
     m = study.params.method(method)
     width = m.network_width / share if share and m.keys == "random" else m.sum_width
+    if m.keys == "disjoint":
+        width = max(width, len(members) * m.network_width)
     about = about if m.keys == "random" else {name: v for name, v in about.items() if name not in _OF_KEYS}
     tasks = tuple(member.task for member in members)
-    return Sum(tuple(members), tasks, keys=m.keys, width=study.params.width * width, **about)
+    return Sum(tuple(members), tasks, keys=m.keys, width=members[0].config.width * width, **about)
 
 
 # How one network is made of several: each takes the study, the description, and the members' networks.
@@ -136,6 +150,33 @@ def rebasin(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     return merging.average([a, merging.weight_matching(a, b, channels_of(what.members[0].config))])
 
 
+def matched(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
+    """Matched by activations on all tasks' training images, then the mean of the weights."""
+    (a, b), images = _on_all_tasks(study, what, networks)
+    return merging.average([a, merging.activation_matching(a, b, channels_of(what.members[0].config), images)])
+
+
+def zipit(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
+    """ZipIt! on all tasks' training images; coefficients: the share of the layers, from the first on, α and β."""
+    (share, alpha, beta), channels = what.coefficients, channels_of(what.members[0].config)
+    networks, images = _on_all_tasks(study, what, networks)
+    found = list(merging.correlations(networks, channels, images).items())[: round(share * len(channels.sizes))]
+    return merging.fold(networks, channels, {group: merging.zipped(like, alpha, beta) for group, like in found})
+
+
+def stacked(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
+    """The first layers summed, the others side by side, their logits added; coefficient: the share that is summed."""
+    channels = channels_of(what.members[0].config)
+    first = list(channels.sizes.items())[: round(what.coefficients[0] * len(channels.sizes))]
+    return merging.fold(networks, channels, {group: torch.eye(n).repeat(1, len(networks)) for group, n in first})
+
+
+def signed(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
+    """What a superposition gives for the first network's key: that network, and the others under random signs."""
+    generator = torch.Generator().manual_seed(what.members[0].config.stream("main", "signs"))
+    return WeightSum([networks[0], *(merging.random_signs(n, generator) for n in networks[1:])])
+
+
 def regmean(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """RegMean, on each network's own training images."""
     images = [normalize(calibration_images(study, [m.task])) for m in what.members]
@@ -153,6 +194,18 @@ def arithmetic(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """Task arithmetic from the networks' shared start; the coefficient is its scale."""
     start = build(what.members[0].config).to(study.device)
     return merging.task_arithmetic(start, networks, what.coefficients[0])
+
+
+def ties(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
+    """TIES from the networks' shared start; the coefficient is its scale."""
+    start = build(what.members[0].config).to(study.device)
+    return merging.ties(start, networks, what.coefficients[0])
+
+
+def _on_all_tasks(study: Study, what: Sum, networks: list[nn.Module]) -> tuple[list[nn.Module], Tensor]:
+    """The networks under the statistics of all tasks' training images, and these."""
+    networks = [under_policy(study, n, "union", what.tasks, "") for n in networks]
+    return networks, normalize(calibration_images(study, what.tasks))
 
 
 def _calibrated(study: Study, what: Sum, networks: list[nn.Module]) -> list[nn.Module]:

@@ -27,6 +27,7 @@ _FLIPPED = ("cifar10",)  # digits are never mirrored
 _MAX_GRADIENT = 5.0  # L2 norm to which the gradient is clipped: early steps of a sum can be wild
 _CALIBRATION = 500  # training images that set the batch-norm statistics of a sum before it is validated
 _WARMUP = 0.2  # share of the steps in which the learning rate grows
+_UNPRUNED = 0.1  # of the weights of a layer that is pruned
 
 
 @dataclass
@@ -120,6 +121,35 @@ def term_quiet(step: _Step) -> Tensor:
     return step.config.method.quiet * (_uniformity(by_support) + _uniformity(by_main))
 
 
+def term_quiet_also(step: _Step) -> Tensor:
+    """Each network should be as quiet on images that are of no task (:func:`of_no_task`)."""
+    strange = of_no_task(step.config.method.quiet_also, *(x for x, _ in step.batches.values()))
+    said = (_uniformity(_with_own_statistics(network, strange)) for network in step.networks.values())
+    return step.config.method.quiet * sum(said)
+
+
+def of_no_task(kind: str, x: Tensor, other: Tensor) -> Tensor:
+    """Network input that shows nothing, drawn from PyTorch's own stream.
+
+    Args:
+        kind: "noise", colours that change every 1 to 8 pixels; "patches", images of both tasks in 4 x 4 shuffled
+            pieces; "blends", an image of each task over the other; "any" of these, another each time.
+        x: images of one task (N, 3, 32, 32), normalized.
+        other: images of the other one, as many.
+    """
+    kinds = ("noise", "patches", "blends")
+    kind = kinds[torch.randint(len(kinds), ())] if kind == "any" else kind
+    n, *_, size = x.shape
+    if kind == "noise":
+        points = size >> int(torch.randint(4, ()))
+        coarse = torch.rand(n, 3, points, points, device=x.device)
+        return normalize(255 * F.interpolate(coarse, size=(size, size), mode="bilinear"))
+    if kind == "blends":
+        return x.lerp(other, 0.3 + 0.4 * torch.rand(n, 1, 1, 1, device=x.device))
+    pieces = F.unfold(torch.cat([x[: n // 2], other[n // 2 :]]), size // 4, stride=size // 4)
+    return F.fold(pieces[..., torch.randperm(16, device=x.device)], (size, size), size // 4, stride=size // 4)
+
+
 @torch.no_grad()
 def after_equal_norms(networks: Mapping[str, nn.Module]) -> None:
     """Scale each layer's weights of both networks to the mean of their norms."""
@@ -130,10 +160,20 @@ def after_equal_norms(networks: Mapping[str, nn.Module]) -> None:
                 module.weight *= sum(norms) / len(norms) / norm
 
 
+@torch.no_grad()
+def after_pruned(networks: Mapping[str, nn.Module]) -> None:
+    """Magnitude pruning: of each hidden layer's weights only the largest tenth is not zero; any may come back."""
+    for network in networks.values():
+        *hidden, _ = [m.weight for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        for weight in hidden:
+            size = weight.abs()
+            weight *= size >= size.flatten().kthvalue(weight.numel() - int(_UNPRUNED * weight.numel()) + 1).values
+
+
 def hooks(method: Method) -> dict[str, list[Callable]]:
     """The functions of this module that a method's switches bring in: "term" and "after" to a list of each."""
-    found = {kind: [globals().get(f"{kind}_{switch}") for switch in method.switches()] for kind in ("term", "after")}
-    return {kind: [function for function in functions if function] for kind, functions in found.items()}
+    here, on = globals(), method.switches()
+    return {kind: [here[f"{kind}_{s}"] for s in on if f"{kind}_{s}" in here] for kind in ("term", "after")}
 
 
 def _with_own_statistics(network: nn.Module, x: Tensor) -> Tensor:
@@ -141,11 +181,10 @@ def _with_own_statistics(network: nn.Module, x: Tensor) -> Tensor:
     norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
     for norm in norms:
         norm.eval()
-    try:
-        return network(x).float()
-    finally:
-        for norm in norms:
-            norm.train()
+    logits = network(x).float()
+    for norm in norms:
+        norm.train()
+    return logits
 
 
 def _uniformity(logits: Tensor) -> Tensor:
@@ -165,18 +204,14 @@ def step_losses(step: _Step, terms: Sequence[Callable] = ()) -> dict[str, Tensor
     logits_support = networks["support"](x_support).float()
     weight, held = m.third_weight * _ramp(step.progress, config.third_ramp), [1] if m.symmetric_to == "main" else []
     further = [term(step) for term in terms]
-    logits_sum_support = None
+    reading = {"third": m.third, "weight": weight, "label_smoothing": m.label_smoothing}
     if m.owner_statistics:  # the keys are disjoint, so that the sum of the weights adds the logits
         by_support, by_main = step.on_the_others_images
-        logits_sum = logits + by_support
-        logits_sum_support = (logits_support.detach() if held else logits_support) + by_main
+        logits_sum, other = logits + by_support, (logits_support.detach() if held else logits_support) + by_main
     else:
-        logits_sum = total(x).float()
-        if m.symmetric:
-            logits_sum_support = total(x_support, held).float()
-    sums = {"logits_sum": logits_sum, "logits_sum_support": logits_sum_support if m.symmetric else None}
-    reading = {"third": m.third, "weight": weight, "label_smoothing": m.label_smoothing}
-    losses = three_term_loss(logits, y, logits_support, y_support, **sums, **reading)
+        logits_sum, other = total(x).float(), total(x_support, held).float() if m.symmetric else None
+    reading["logits_sum_support"] = other if m.symmetric else None
+    losses = three_term_loss(logits, y, logits_support, y_support, logits_sum, **reading)
     return losses._asdict() | {"total": losses.total + sum(weight * term for term in further)}
 
 
@@ -187,8 +222,8 @@ class _Keys:
         self.config, self.channels = config, channels_of(config)
         m = config.method
         self.room = m.sum_width / m.network_width
-        blocks = enumerate(config.roles) if m.keys != "none" else [(0, role) for role in config.roles]
-        self.own = [key_of(config, role, m.keys, self.room, block) for block, role in blocks]
+        blocks = range(2) if m.keys != "none" else (0, 0)
+        self.own = [key_of(config, role, m.keys, self.room, i) for role, i in zip(config.roles, blocks, strict=True)]
 
     def epoch(self, epoch: int, steps: int) -> Iterator[list[Key]]:
         """Yield each step's keys."""
@@ -289,15 +324,15 @@ def train(
     optimizer, hooked = optimizer_of(config, parameters), hooks(config.method)
     steps = config.epoch_images // config.batch_size
     state = {f"{role}/{name}": t for role, n in networks.items() for name, t in n.state_dict().items()}
-    history = _restore(checkpoint, state, parameters, optimizer)
+    for i, p in enumerate(parameters):  # momentum from 0, as without a buffer, but there to be restored
+        state[f"momentum/{i}"] = optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    history = _restore(checkpoint, state) if checkpoint else []
     for epoch in range(len(history), config.trained_epochs):
         started = time.perf_counter()
         for network in networks.values():
             network.train()
         places = keys.epoch(epoch, steps) if config.method.permuted_support else itertools.repeat(None, steps)
-        sums: dict[str, Tensor] = {}
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        sound = torch.zeros((), dtype=torch.int64, device=device)  # steps before the first loss that is not finite
+        seen = []  # each step's losses, read once an epoch: no waiting for the device in between
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.stream("main", f"dropout of epoch {epoch}"))
             feeds = (batches(config, r, datasets[name], epoch, steps) for r, name in config.roles.items())
@@ -314,13 +349,11 @@ def train(
                 update(parameters, optimizer)
                 for after in hooked["after"]:
                     after(networks)
-                finite = finite & losses["total"].detach().isfinite()
-                sound += finite
-                for name, loss in losses.items():  # read once an epoch: no waiting for the device in between
-                    sums[name] = sums.get(name, 0) + loss.detach()
-        _check_finite(config, epoch, steps, int(sound), state)
-        row = {"epoch": epoch + 1}
-        row |= {f"loss_{name}": (value / steps).item() for name, value in sums.items() if name != "total"}
+                seen.append(torch.stack([loss.detach() for loss in losses.values()]))
+        seen = torch.stack(seen).cpu()
+        _check_finite(config, epoch, seen[:, 0], state)
+        means = zip(losses, seen.mean(0).tolist(), strict=True)
+        row = {"epoch": epoch + 1} | {f"loss_{name}": mean for name, mean in means if name != "total"}
         for role, network in networks.items():
             dataset = datasets[config.roles[role]]
             row[f"val_{role}"] = percent_right(network.eval(), dataset.val_images, dataset.val_labels, config.precision)
@@ -331,32 +364,31 @@ def train(
         row["seconds"] = time.perf_counter() - started
         history.append(row)
         if checkpoint:
-            momenta = {f"momentum/{i}": optimizer.state[p]["momentum_buffer"] for i, p in enumerate(parameters)}
-            store.write_tensors(checkpoint, state | momenta, history)
+            store.write_tensors(checkpoint, state, {"run": checkpoint.parent.name, "history": history})
         on_epoch(row)
     for network in networks.values():
         network.eval()
     return Run(config, networks, history)
 
 
-def _check_finite(config: RunConfig, epoch: int, steps: int, sound: int, state: Mapping[str, Tensor]) -> None:
-    """Raise FloatingPointError for an epoch in which a loss or after which a weight is not finite."""
-    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
-    if sound < steps or broken:
+def _check_finite(config: RunConfig, epoch: int, losses: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Raise FloatingPointError for an epoch in which a loss (steps,) or after which a weight is not finite."""
+    steps, sound = len(losses), int(losses.isfinite().cumprod(0).sum())  # steps before the first that is not
+    broken = ["the loss"] if sound < steps else [f"'{name}'" for name, t in state.items() if not t.isfinite().all()]
+    if broken:
         step = epoch * steps + min(sound, steps - 1)
         rate = _learning_rate(config, step / (config.trained_epochs * steps))
-        what = f"'{broken[0]}' is" if sound == steps else "the loss is"
         raise FloatingPointError(
-            f"{config.describe()}: {what} not finite in epoch {epoch + 1}, step {step + 1} (learning rate there "
-            f"{rate:.3g}); lower learning_rate (now {config.learning_rate}) or raise third_ramp (now "
+            f"{config.describe()}: {broken[0]} is not finite in epoch {epoch + 1}, step {step + 1} (learning rate "
+            f"there {rate:.3g}); lower learning_rate (now {config.learning_rate}) or raise third_ramp (now "
             f"{config.third_ramp})"
         )
 
 
 def _validate_sum(config: RunConfig, total: WeightSum, datasets: Mapping) -> dict[str, float]:
     """The sum on the validation images of the main task, and of the support task where the third term asks for it."""
-    row = {}
-    for role, name in list(config.roles.items())[: 1 + config.method.symmetric]:
+    row, asked = {}, ["val_sum", "val_sum_support"][: 1 + config.method.symmetric]
+    for key, name in zip(asked, config.roles.values(), strict=False):
         dataset = datasets[name]
         with autocast(config.precision, dataset.train_images.device):
             if config.method.owner_statistics:
@@ -364,20 +396,23 @@ def _validate_sum(config: RunConfig, total: WeightSum, datasets: Mapping) -> dic
             else:
                 recalibrate(total, normalize(dataset.train_images[:_CALIBRATION]))
         plain = total.materialize().eval()
-        accuracy = percent_right(plain, dataset.val_images, dataset.val_labels, config.precision)
-        row["val_sum" if role == "main" else "val_sum_support"] = accuracy
+        row[key] = percent_right(plain, dataset.val_images, dataset.val_labels, config.precision)
     return row
 
 
 @torch.no_grad()
-def _restore(checkpoint, state, parameters, optimizer) -> list[dict]:
-    """Load a checkpoint into the run and return its history; an empty one where there is none that can be read."""
-    found = store.read_tensors(checkpoint) if checkpoint else None
-    if found is None:
-        return []
-    tensors, history = found
-    for name, tensor in state.items():
-        tensor.copy_(tensors[name])
-    for i, p in enumerate(parameters):
-        optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum/{i}"])
-    return history
+def _restore(checkpoint: Path, state: Mapping[str, Tensor]) -> list[dict]:
+    """Load a run's checkpoint and return its history; an empty one where there is none that this run wrote."""
+    tensors, about = store.read_tensors(checkpoint) or ({}, None)
+    match about:
+        case {"run": run, "history": list(history)} if run == checkpoint.parent.name and alike(tensors, state):
+            for name, tensor in state.items():
+                tensor.copy_(tensors[name])
+            return history
+    return []
+
+
+def alike(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether stored tensors have the names, shapes and types that are expected, and finite values."""
+    kinds = [{name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (found, expected)]
+    return kinds[0] == kinds[1] and all(t.isfinite().all() for t in found.values())

@@ -1,0 +1,102 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Beside others
+#
+# The benchmark of *ZipIt!* (Stoica et al. 2024): a dataset is cut into its classes 0 to 4 and 5 to 9, two networks are
+# trained, each on its half alone, and made into one that has to tell all ten classes. Nobody says which half a test
+# image is from. Every way is tried on the same small networks, of the size that the keyed ones have: those *trained
+# plainly* (`keys alone`), those that are `quiet alone` on the other half's images as in the nearest work (Caso et al.
+# 2026), also with nine tenths of their weights pruned from a shared start, and this study's. These were trained beside
+# a network that learns the other half (*seen*: its images, and through the loss of the sum its classes), or beside one
+# of another dataset (*unseen*: what a network says to classes that it never saw is then an open-set problem).
+
+# %% tags=["parameters", "remove-cell"]
+# Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
+# `papermill -f params/quick.yaml` inject theirs below.
+profile = "smoke"
+
+# %% tags=["hide-input"]
+from IPython.display import Markdown
+
+from weightsum_lib.report import findings, plots, tables
+from weightsum_lib.study import beside, params
+from weightsum_lib.study.params import ALONE, DISJOINT, RANDOM
+from weightsum_lib.study.runs import Study
+
+NOTEBOOK = "05_beside_others"
+ALL, OURS, SUM = "all ten classes", (RANDOM, DISJOINT), ("sum under disjoint keys", f"{DISJOINT}, unseen")
+TARGETS = {(beside.PART, ALONE): 0, (beside.ENSEMBLE, SUM[1]): -1}  # points that the sum should read more, at least
+
+p = params.from_notebook(globals())  # to explore the networks that `make all` trained: params.read("quick")
+study = Study(p)
+plots.use_style()
+frame = beside.frame(study)
+Markdown(tables.data_notice(study.describe_data()))
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved and each architecture; the dashed line is the best ensemble. The table below holds the numbers."}}
+found = frame.rename(columns={"network": "way", "method": "networks", "accuracy": "after"})
+found["tested"] = found["tested"].str.partition(" ")[2].replace("", ALL)
+found = found.set_index(["task", "way", "networks", "tested", "seed"])[["after", "weights"]]
+summary = tables.summarize(found, ["task", "way", "networks", "tested"])
+of_all = summary.xs(ALL, level="tested").loc[p.halves]
+after, way = of_all["after"], of_all.index.get_level_values("way")
+of_others = after[~way.str.contains("under|ensemble|told")].loc[p.halves[0]]
+best = of_others.map(lambda cell: cell.mean).idxmax()
+plots.merged(
+    of_all,
+    OURS,
+    {beside.PUBLISHED_NETWORK: beside.PUBLISHED},
+    f"{tables.title(p.halves[0])}: under disjoint keys, the other half unseen, the sum reads "
+    f"{after[(p.halves[0], *SUM)]} % of all ten classes; of the others {best[0]} ({best[1]}) reads most, "
+    f"{of_others[best]} %",
+)
+
+# %% [markdown]
+# The dashed line is the ceiling: the best ensemble of logits, which runs both networks. *Random signs* are told which
+# half a test image is from, which nobody else is. Statistics of batch norm are those of unlabelled training images of
+# both halves (`union`), under random keys of each channel's owner (`by_owner`); disjoint keys need none (`summed`).
+# Where a way has coefficients (α and β of ZipIt!, the scale of task arithmetic and TIES), validation images choose.
+#
+# Sizes are fair where the *merged* networks are of one size: the last column counts the weights of the one network that
+# are not zero, as a multiple of one of the two. A zipped or averaged network has one network's, a sum under keys or one
+# that is zipped in part has up to two, an ensemble two.
+#
+# The grey marks are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width, whose
+# targets are the classes' names in CLIP's text space. Of the nearest work (Caso et al. 2026) there is no such number:
+# it adds networks for pairs of MNIST's classes, which read 98.4 to 99.1 %; on CIFAR-10 its sums of weights fail, and sums
+# of logits work.
+
+# %% tags=["hide-input"]
+table = tables.table(summary, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
+table["Weights, × one network's"] = [f"{cell.mean:.2f}" for cell in summary.xs(ALL, level="tested")["weights"]]
+table.style.hide(axis="index")
+
+# %% [markdown]
+# ## Finding
+#
+# For the sum under disjoint keys of networks that have not seen the other half: does it read more than what ZipIt! makes
+# of the first layers of networks trained plainly, and no more than a point less than the ensemble of their logits? A
+# target is reached or missed if the whole 95 % interval over seeds says so, else undecided.
+
+# %% tags=["hide-input"]
+by_seed = found["after"].groupby(found.index.names, sort=False).mean().xs(ALL, level="tested").unstack("seed")
+finding = ""
+for halved in p.halves:
+    finding += f"{tables.title(halved)}: the sum reads {after[(halved, *SUM)]} % of all ten classes"
+    for other, least in TARGETS.items():
+        points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
+        target = f"target at least {least:+d}: {findings.judge(points, least)}".replace("-", "−")
+        finding += f"; its difference to {' of '.join(other)} is {points} points ({target})"
+    finding += ". "
+intervals = {".".join(map(params.slug, at)): cell for at, cell in after.items()}
+tables.save(NOTEBOOK, study, {"finding": finding}, {"merged": table}, intervals=intervals)
+Markdown(finding)

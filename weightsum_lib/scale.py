@@ -1,0 +1,131 @@
+"""``make bench``, its second half: what a queue costs, what workers gain, and what ``full`` takes on some of them."""
+
+import argparse
+import functools
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pandas as pd
+import psutil
+
+from weightsum_lib.report import tables
+from weightsum_lib.study import measure, params, pool, runs, store
+
+WAYS = {  # where jobs are done: how many at once, and the address of a cluster
+    "this process": (1, ""),
+    "two processes here (joblib)": (2, ""),
+    "a cluster of one local worker": (1, "local:1"),
+    "a cluster of two local workers": (2, "local:2"),
+}
+
+
+def chains(study: runs.Study) -> tuple[float, float]:
+    """The work of a profile's whole queue, and of its longest chain: a run, those that it starts from, and so on."""
+    ends, queue = {}, study.with_parents(measure.queue(study))
+    for config in queue:
+        ends[config] = runs.work(config) + max(map(ends.get, study.parents(config)), default=0)
+    return sum(map(runs.work, queue)), max(ends.values())
+
+
+def on(workers: Sequence[int], hours: float, chain: float) -> pd.DataFrame:
+    """Bounds of the hours on equal workers, of which none idles while a run is ready (Graham 1969)."""
+    least = [max(hours / n, chain) for n in workers]
+    most = [hours / n + (1 - 1 / n) * chain for n in workers]
+    return pd.DataFrame({
+        "Workers": [str(n) for n in workers],
+        "Hours, at least": [f"{h:,.1f}" for h in least],
+        "At most": [f"{h:,.1f}" for h in most],
+        "× one worker, at least": [f"{hours / h:.1f}" for h in most],
+    })  # fmt: skip
+
+
+def gained(jobs: int, **smaller) -> pd.DataFrame:
+    """What a job of a millisecond takes beyond it, and how long the first eight runs of ``smoke`` take, in each way."""
+    rows, nothing = [], functools.partial(time.sleep, 1e-3)
+    for way, (slots, address) in WAYS.items():
+        with tempfile.TemporaryDirectory() as folder, pool.opened(slots, address) as workers:
+            [*workers.each(range(20), lambda i: pool.Job(f"first {i}", nothing))]  # they start
+            started = time.perf_counter()
+            [*workers.each(range(jobs), lambda i: pool.Job(f"nothing {i}", nothing))]
+            milliseconds = 1e3 * (time.perf_counter() - started) / jobs
+            study = runs.Study(params.read("smoke", {"results_dir": folder, "networks_at_once": slots, **smaller}))
+            study.cluster, started = address, time.perf_counter()
+            study.train_all([c for c in measure.queue(study) if not study.parents(c)][:8])
+            rows.append((way, milliseconds - 1 / slots, time.perf_counter() - started))
+    frame = pd.DataFrame(rows, columns=["Jobs are done in", "ms", "s"])
+    return pd.DataFrame({
+        "Jobs are done in": frame["Jobs are done in"],
+        "Overhead of a job (ms)": frame["ms"].map("{:.1f}".format),
+        "Eight runs of `smoke` (s)": frame["s"].map("{:.0f}".format),
+        "× this process": (frame["s"][0] / frame["s"]).map("{:.2f}".format),
+    })  # fmt: skip
+
+
+def memory(queued: int) -> float:
+    """KiB that a queued run takes in the process that asks for it, with the scheduler of local workers in it."""
+    study = runs.Study(params.read("smoke", {"device": "cpu"}))
+    one, rss = measure.queue(study)[0], psutil.Process().memory_info
+    same = study.same(study.content(one))
+    with pool.opened(1, "local:2", {"a resource that no worker has": 1}) as workers:
+        before, out = rss().rss, []
+        for seed in range(queued):
+            call = functools.partial(runs._train_run, study, replace(one, seed=seed), same, print, "", {})
+            out.append(workers.submit(pool.Job(f"queued {seed}", call)))
+        workers.everywhere(time.time)  # after them all
+        taken = rss().rss - before
+        for future in out:
+            future.cancel()
+    return taken / queued / 2**10
+
+
+def cluster(device: str, jobs: int = 1000, queued: int = 10_000, **smaller) -> dict:
+    """Results as the book reads them.
+
+    Args:
+        device: where the rate of work is measured, "cpu" or "cuda".
+        jobs: of a millisecond, by whose time the overhead of one is measured.
+        queued: runs that wait, by which the caller's memory is.
+        smaller: knobs of the ``smoke`` profile that is trained.
+    """
+    known = {"allow_standin": [*params.DATASETS], "data_dir": "", "train_images": 2500, "device": device}
+    full = runs.Study(params.read("full", known))
+    one, (work, chain) = measure.queue(full)[0], chains(full)
+    rate = runs.work(one) / full.hours(one)  # of an hour
+    frames = {"ways": gained(jobs, **smaller), "full": on([2**i for i in range(7)], work / rate, chain / rate)}
+    values = {
+        "device": full.device_name(),
+        "precision": full.precision,
+        "run": one.describe(),
+        "jobs": jobs,
+        "queued": queued,
+        "memory": memory(queued),
+        "runs": len(full.with_parents(measure.queue(full))),
+        "work": work / 1e18,
+        "rate": rate / 3600e12,
+        "hours": work / rate,
+        "chain": chain / rate,
+        "most": work / chain,
+    }
+    return {"notebook": "scale", "values": values, "tables": {k: tables.as_json(f) for k, f in frames.items()}}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: measure, and write ``results/scale.json``."""
+    parser = argparse.ArgumentParser(prog="python -m weightsum_lib.scale", description=__doc__)
+    parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
+    try:
+        content = cluster(runs.pick_device(parser.parse_args(argv).device or "auto").type)
+    except params.ParamsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    store.write_json(store.ROOT / params.read("quick").results_dir / "scale.json", content)
+    for table in content["tables"].values():
+        print(f"\n{pd.DataFrame(table['rows'], columns=table['columns']).to_string(index=False)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""Where jobs are done: in this process, in processes that share its cores, or by the workers of a Dask cluster."""
+
+import contextlib
+import functools
+import logging
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+
+from joblib.externals.loky import get_reusable_executor
+
+from weightsum_lib.study.params import ParamsError
+
+PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # a file to which progress lines go, so that a notebook stays clean
+CLUSTER_VARIABLE = "WEIGHTSUM_CLUSTER"  # the address of a scheduler, or "local:4"; it changes no result
+
+
+def report_progress(line: str, path: str | None = None) -> None:
+    """Say one line to whoever runs the study: into the runner's file, else on standard error."""
+    path = path or os.environ.get(PROGRESS_VARIABLE)
+    if path:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done: a call that can be pickled, a name that all who ask for the same give it, and its work."""
+
+    name: str
+    call: Callable
+    work: float = 0.0
+
+
+def _here(job: Job) -> Future:
+    future = Future()
+    future.set_result(job.call())
+    return future
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Where jobs are done.
+
+    ``submit`` takes a job and returns its future, ``slots`` jobs are out at once, ``hear`` makes of a function one that
+    a job calls wherever it is, to be heard here, and ``everywhere`` calls a function in each process of a cluster.
+    """
+
+    submit: Callable[[Job], Future] = _here
+    slots: float = 1
+    hear: Callable[[Callable], Callable] = lambda say: say
+    everywhere: Callable[[Callable], Iterable] = lambda function: ()
+
+    def each(self, wanted: Sequence, job: Callable[..., Job], parents: Callable = lambda item: ()) -> Iterator[tuple]:
+        """Do the ``job`` of each item and yield (item, result) as it ends.
+
+        A job starts as soon as those of its item's ``parents`` (other items) have ended and a slot is free, in the
+        order of ``wanted``; it is made just before.
+        """
+        order, ended = {item: i for i, item in enumerate(wanted)}, queue.SimpleQueue()
+        sorter = TopologicalSorter({item: [p for p in parents(item) if p in order] for item in wanted})
+        sorter.prepare()
+        ready, out = [], {}
+        while sorter.is_active():
+            ready = sorted([*ready, *sorter.get_ready()], key=order.get)
+            while ready and len(out) < self.slots:
+                item = ready.pop(0)
+                out[item] = self.submit(job(item))
+                out[item].add_done_callback(functools.partial(lambda item, _: ended.put(item), item))
+            item = ended.get()
+            yield item, out.pop(item).result()
+            sorter.done(item)
+
+
+@contextlib.contextmanager
+def opened(at_once: int, cluster: str = "", resources: dict | None = None) -> Iterator[Pool]:
+    """A pool: a cluster's workers, which take the jobs with most work first, else ``at_once`` processes here.
+
+    Args:
+        at_once: how many jobs share the cores of this machine.
+        cluster: address of a Dask scheduler, or ``local:<workers>``.
+        resources: what a job takes of its worker (Dask's resources), such as ``{"GPU": 1}``.
+
+    Raises:
+        ParamsError: no cluster can be had so.
+        RuntimeError: the cluster was lost meanwhile.
+    """
+    if cluster:
+        with _lost(cluster):
+            yield _of_cluster(cluster, resources)
+    elif at_once > 1:
+        executor = get_reusable_executor(at_once, initializer=_end_with_the_parent)
+        try:
+            yield Pool(lambda job: executor.submit(job.call), at_once)
+        except BaseException:
+            executor.shutdown(kill_workers=True)
+            raise
+    else:
+        yield Pool()
+
+
+def _end_with_the_parent() -> None:
+    """Let this process end soon after the one that started it, however that ended."""
+
+    def watch(parent: int = os.getppid()):
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _of_cluster(address: str, resources: dict | None) -> Pool:
+    client = _client(address)
+    topic = f"weightsum {client.id}"
+
+    def submit(job):  # by its name: whoever else asks this scheduler for the same gets the same
+        return client.submit(_in_worker, job.call, key=job.name, priority=job.work, resources=resources)
+
+    def hear(say):
+        client.subscribe_topic(topic, lambda event: say(event[1]))
+        return functools.partial(_tell, topic)
+
+    return Pool(submit, math.inf, hear, lambda function: client.run(function, on_error="return").values())
+
+
+@functools.cache
+def _client(address: str):
+    """Connect to a cluster, once in a process, and wait for its first worker."""
+    try:
+        from distributed import Client, Nanny, Scheduler, SpecCluster
+    except ImportError as error:
+        raise ParamsError(f"CLUSTER={address} wants Dask: pip install -e .[cluster]") from error
+    kind, _, workers = address.partition(":")
+    try:
+        if kind == "local":
+            options = {"nthreads": 1, "resources": {"GPU": 1}, "silence_logs": logging.ERROR}
+            gpus = ({"env": {"CUDA_VISIBLE_DEVICES": str(i)}} for i in range(int(workers)))
+            spec = {i: {"cls": Nanny, "options": options | gpu} for i, gpu in enumerate(gpus)}
+            scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": ":0"}}
+            client = Client(SpecCluster(workers=spec, scheduler=scheduler, silence_logs=logging.ERROR))
+        else:
+            client = Client(address)
+    except (OSError, ValueError) as error:
+        raise ParamsError(
+            f"CLUSTER={address}: no scheduler answers ({error}); say tcp://host:8786 or local:4"
+        ) from error
+    report_progress(f"cluster {address}: its dashboard is {client.dashboard_link}; waiting for a worker")
+    client.wait_for_workers(1)
+    return client
+
+
+@contextlib.contextmanager
+def _lost(cluster: str) -> Iterator[None]:
+    from distributed import KilledWorker
+
+    again = "what was finished is kept, and the same command goes on from there"
+    try:
+        yield
+    except CancelledError as error:
+        _client.cache_clear()
+        raise RuntimeError(f"the scheduler of CLUSTER={cluster} was lost; {again}") from error
+    except KilledWorker as error:
+        raise RuntimeError(f"CLUSTER={cluster}: {error}; {again}") from error
+
+
+def _tell(topic: str, event: dict) -> None:
+    from distributed import get_worker
+
+    get_worker().log_event(topic, event)
+
+
+def _in_worker(call: Callable):
+    """Do a job, alone in its process: jobs in threads would share torch's random numbers."""
+    from distributed import get_worker
+
+    if (threads := get_worker().state.nthreads) > 1:
+        how = f"start it with --nthreads 1 --nworkers {threads}"
+        raise RuntimeError(f"worker {get_worker().address} does {threads} jobs at once in one process; {how}")
+    return call()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A line an epoch for the terminal, in whichever process it is called: how far, and how long the rest will take.
+
+    ``work`` is that of the whole queue, begun at ``started``; ``done`` is a file with a line for what is done of it.
+    """
+
+    work: float
+    started: float
+    done: str
+    path: str | None
+
+    def __call__(self, row: dict) -> None:
+        """An epoch has ended: its row (:func:`weightsum_lib.study.train.train`), with ``run``, ``epochs``, ``work``."""
+        with open(self.done, "a+", encoding="utf-8") as file:
+            file.write(f"{row['work']}\n")
+            file.flush()
+            file.seek(0)
+            done = sum(map(float, file))
+        left = (time.time() - self.started) / done * max(self.work - done, 0)
+        losses = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
+        values = " ".join(f"{k.removeprefix('val_')} {v:.1f}" for k, v in row.items() if k.startswith("val_"))
+        report_progress(
+            f"{row['run']} | epoch {row['epoch']}/{row['epochs']} {row['seconds']:.0f} s | loss {losses} | "
+            f"validation % {values} | about {left / 60:.1f} min left",
+            self.path,
+        )
