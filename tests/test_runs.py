@@ -17,7 +17,7 @@ from conftest import tiny_params
 
 from weightsum_lib import run
 from weightsum_lib.study import params, pool, runs, store
-from weightsum_lib.study.config import RunConfig
+from weightsum_lib.study.config import RunConfig, pick_device, pick_precision
 from weightsum_lib.study.params import Method, Params, ParamsError
 from weightsum_lib.study.runs import Study, run_content
 
@@ -289,16 +289,16 @@ def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):
 def test_a_gpu_that_is_not_there_is_missed_before_training(tiny):
     with pytest.raises(ParamsError, match=r"no GPU here. Use PROFILE=quick, or DEVICE=cpu"):
         Study(Params(**{**vars(tiny), "device": "cuda"}))
-    assert runs.pick_device("auto") == torch.device("cpu")
+    assert pick_device("auto") == torch.device("cpu")
 
 
 def test_bfloat16_only_where_the_processor_has_it(monkeypatch):
     cpu = torch.device("cpu")
     for has in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx2": True, "avx512_bf16": has})
-        assert runs.pick_precision(cpu) == ("bfloat16" if has else "float32")
+        assert pick_precision(cpu) == ("bfloat16" if has else "float32")
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
-    assert runs.pick_precision(cpu) == "float32"
+    assert pick_precision(cpu) == "float32"
 
 
 def test_what_code_reads_from_a_file_of_the_package_is_in_its_digest(monkeypatch):
@@ -325,9 +325,9 @@ def test_a_precision_that_the_processor_has_not_is_refused_and_float32_is_always
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
     with pytest.raises(ParamsError, match="'bfloat16' is asked for, which this processor does not multiply"):
-        runs.pick_precision(cpu, "bfloat16")
+        pick_precision(cpu, "bfloat16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert [runs.pick_precision(cpu, wanted) for wanted in ("bfloat16", "float32")] == ["bfloat16", "float32"]
+    assert [pick_precision(cpu, wanted) for wanted in ("bfloat16", "float32")] == ["bfloat16", "float32"]
 
 
 def test_nothing_is_trained_before_the_claims_are_committed_and_a_plan_trains_nothing(

@@ -44,9 +44,9 @@ def check(p: Params) -> None:
         ParamsError: its device is not there.
         DataError: one of its datasets is neither there nor allowed a stand-in, or is damaged.
     """
-    from weightsum_lib.study import data, runs  # slow to load, as all that computes
+    from weightsum_lib.study import config, data  # slow to load, as all that computes
 
-    runs.pick_device(p.device)
+    config.pick_device(p.device)
     for name in params.DATASETS:
         folder = str(Path(p.results_dir) / "standins")
         data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, folder)

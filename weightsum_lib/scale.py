@@ -13,6 +13,7 @@ import psutil
 
 from weightsum_lib.report import tables
 from weightsum_lib.study import measure, params, pool, runs, store
+from weightsum_lib.study.config import pick_device
 
 WAYS = {  # where jobs are done: how many at once, and the address of a cluster
     "this process": (1, ""),
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.scale", description=__doc__)
     parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
     try:
-        content = cluster(runs.pick_device(parser.parse_args(argv).device or "auto").type)
+        content = cluster(pick_device(parser.parse_args(argv).device or "auto").type)
     except params.ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

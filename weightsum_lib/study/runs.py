@@ -20,41 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from weightsum_lib.core import models
 from weightsum_lib.study import data, pool, store, train
-from weightsum_lib.study.config import RunConfig, build
-from weightsum_lib.study.params import DATASETS, Params, ParamsError, check
+from weightsum_lib.study.config import RunConfig, build, pick_device, pick_precision
+from weightsum_lib.study.params import DATASETS, Params, check
 from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
 _MOST_AT_ONCE = 4  # a worker takes about a gigabyte
 _LOADED = 1 << 30  # bytes of networks that are kept in memory
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a profile: "auto" is CUDA where there is one.
-
-    Raises:
-        ParamsError: CUDA is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ParamsError(
-            "device 'cuda' is asked for, but torch sees no GPU here. Use PROFILE=quick, or DEVICE=cpu to insist"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_precision(device: torch.device, wanted: str = "auto") -> str:
-    """ "bfloat16" where the hardware multiplies it natively, else "float32".
-
-    Raises:
-        ParamsError: bfloat16 is ``wanted`` and the hardware does not multiply it.
-    """
-    if wanted == "float32":
-        return wanted
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu
-    if wanted == "bfloat16" and not has:
-        raise ParamsError("precision 'bfloat16' is asked for, which this processor does not multiply; say 'auto'")
-    return "bfloat16" if has else "float32"
 
 
 def code_roots(config: RunConfig) -> list[str]:
