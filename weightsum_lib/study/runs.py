@@ -239,12 +239,11 @@ class Study:
     @contextlib.contextmanager
     def _workers(self, jobs: int) -> Iterator[tuple[pool.Pool, str, bool]]:
         """Where so many jobs are done; a mark in the cache of runs, and whether all workers see it there."""
-        mark, path = secrets.token_hex(8), self.results / "mark.json"
-        store.write_json(path, mark)
+        mark = secrets.token_hex(8)
+        store.write_json(self.results / "mark.json", mark)
         resources = {"GPU": 1} if self.device.type == "cuda" else None
         with pool.opened(min(jobs, self.at_once()), self.cluster, resources) as workers:
-            seen = workers.everywhere(functools.partial(_sees, self, mark))
-            yield workers, mark, all(each is True for each in seen)
+            yield workers, mark, all(each is True for each in workers.everywhere(functools.partial(_sees, self, mark)))
 
     def same(self, content: dict) -> dict:
         """What has to be equal wherever something is trained or measured: its content, versions, and precision."""
@@ -428,5 +427,4 @@ def _measure(study: Study, wanted: Measurement, same: dict) -> dict:
     if any(map(study.is_missing, wanted.configs)):
         raise RuntimeError(f"the worker {platform.node()} doesn't share {study.results}, which has the runs to measure")
     started = time.perf_counter()
-    value = wanted.function()
-    return {"value": value, "seconds": time.perf_counter() - started}
+    return {"value": wanted.function(), "seconds": time.perf_counter() - started}  # in this order
