@@ -73,10 +73,10 @@ bench: setup  ## Measure the speed of a training step, and what a cluster gains,
 	@$(PY) -m weightsum_lib.bench --device "$$DEVICE"
 	@$(PY) -m weightsum_lib.scale --device "$$DEVICE"
 
-lab: setup  ## Open JupyterLab on the paired notebooks.
+lab: setup  ## Open JupyterLab on the paired notebooks, the first of them open.
 	@$(RUN) lab
 	@$(PY) -m jupytext --quiet --sync notebooks/*.py
-	@$(PY) -m jupyterlab notebooks
+	@$(PY) -m jupyterlab notebooks/00_how_to_sum.ipynb
 
 test: setup  ## Check the style and run the tests.
 	@$(PY) -m ruff check .

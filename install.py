@@ -74,7 +74,9 @@ def install(folder, named):
     for left in folder.glob("installed-*"):
         left.unlink()
     print(f"installing the locked packages into {folder} (a few minutes, once)", flush=True)
-    pip = [str(python_of(folder)), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pip, uv = [str(python_of(folder)), "-m", "pip", "install", "-q", "--disable-pip-version-check"], shutil.which("uv")
+    if uv:  # several times as fast
+        pip = [uv, "pip", "install", "-q", "--python", str(python_of(folder))]
     for what in (["-r", "requirements.lock"], ["--no-deps", "-e", "."]):
         subprocess.run([*pip, *what], check=True, close_fds=False)
     done.touch()

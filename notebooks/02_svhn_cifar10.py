@@ -38,7 +38,12 @@ study = Study(p)
 plots.use_style()
 main_title, support_title = tables.title(MAIN), tables.title(SUPPORT)
 every_policy = tables.wide(measure.pairs(study, MAIN, SUPPORT), own={MAIN: "main", SUPPORT: "support"})
-Markdown(tables.data_notice(study.describe_data()))
+sums = every_policy.xs("per_task", level="policy")
+summary = tables.summarize(sums, ["method", "tested"])
+on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))
+MARGINS = {MAIN: 1.0, SUPPORT: 3.0}  # points that a network may be worse than alone, and still count
+finding = findings.of_pair(on_main, findings.counts(sums, TRAINED, BASELINE, MARGINS), main_title)
+Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
 plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks see: a test image of each class")
@@ -50,20 +55,14 @@ plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks
 # weights θ_main + θ_support, on the same test images. Both have their batch-norm statistics re-estimated on the
 # same unlabelled training images of SVHN (policy `per_task`). The control is θ_support on SVHN.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
-sums = every_policy.xs("per_task", level="policy")
-summary = tables.summarize(sums, ["method", "tested"])
-on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))
-MARGINS = {MAIN: 1.0, SUPPORT: 3.0}  # points that a network may be worse than alone, and still count
-counted = findings.counts(sums, TRAINED, BASELINE, MARGINS)
-finding = findings.of_pair(on_main, counted, main_title)
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, and of the support network there, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
 after = on_main["after"]
 message = f"{main_title} after the sum: {after[TRAINED].mean:.1f} % together, {after[BASELINE].mean:.1f} % apart"
-plots.before_after(on_main, message, main_title)
+plots.before_after(summary.xs(MAIN, level="tested", drop_level=False), message)
 
 # %% tags=["hide-input"]
 main_table = tables.table(on_main, ["before", "after", "gap", "kept", "other"])
-main_table.style.hide(axis="index")
+tables.shown(main_table, marked=[BASELINE, TRAINED])
 
 # %% [markdown]
 # `sequential` changes the summed weights, so its network is no longer θ_main + θ_support. Its two other rows are the
@@ -82,7 +81,7 @@ main_table.style.hide(axis="index")
 pairs = on_support.loc[[m for m in on_support.index if m in p.rows]]  # sequential ones are those of `independent`
 pairs = pairs.assign(counts=[findings.counts(sums, m, p.twin(m), MARGINS) for m in pairs.index])
 support_table = tables.table(pairs, ["before", "after", "other", "counts"])
-support_table.style.hide(axis="index")
+tables.shown(support_table, marked=[BASELINE, TRAINED])
 
 # %% [markdown]
 # ## Every batch-norm policy
@@ -115,7 +114,7 @@ plots.curves(histories, main_title, support_title, f"Under “{TRAINED}” {ends
 # that both count equally in the sum, so the last panel shows how much of what happens there, on the main task's images,
 # θ_main alone explains (the squared correlation of each channel with the same one of θ_main, weighted by variance).
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: ratio of the weight norms of the two networks for each layer, on a logarithmic axis. Middle: cosine between their weights. Right: variance inside the sum that the main network explains. One line for each method."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Top: ratio of the weight norms of the two networks for each layer, on a logarithmic axis. Middle: cosine between their weights. Bottom: variance inside the sum that the main network explains. One line for each method."}}
 layers = measure.layers(study, MAIN, SUPPORT)
 explained = pd.concat([measure.explained(study, m, MAIN, SUPPORT, strangers=False) for m in (BASELINE, TRAINED)])
 ratios = layers["norm_ratio"][layers["method"] == TRAINED]
@@ -123,7 +122,7 @@ plots.layers(layers, explained, f"{TRAINED}: norm ratios between {ratios.min():.
 
 # %% tags=["hide-input"]
 layer_table = tables.layer_table(layers)
-layer_table.style.hide(axis="index")
+tables.shown(layer_table, marked=[TRAINED])
 
 # %% [markdown]
 # ## Where the sum lies

@@ -73,7 +73,7 @@ keyed, dense = (
     " and ".join(f"{cell.mean:.1f} % of {tables.title(name)}" for (_, name), cell in summary.loc[m, "after"].items())
     for m in (RANDOM, TRAINED)
 )
-plots.unmet(summary, f"Never met: random keys read {keyed}, dense {TRAINED} {dense}")
+plots.before_after(summary, f"Never met: random keys read {keyed}, dense {TRAINED} {dense}")
 
 # %% [markdown]
 # A control gives SVHN's classes other names, so that two digit

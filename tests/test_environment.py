@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
+from email import message_from_bytes
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+ASKED = PROJECT["dependencies"] + [r for extra in PROJECT["optional-dependencies"].values() for r in extra]
 LOCK = (ROOT / "requirements.lock").read_text()
 
 
@@ -28,8 +31,7 @@ def locked(name):
 
 
 def test_the_lock_pins_what_pyproject_asks_for():
-    wanted = PROJECT["dependencies"] + [r for extra in PROJECT["optional-dependencies"].values() for r in extra]
-    for requirement in map(Requirement, wanted):
+    for requirement in map(Requirement, ASKED):
         pins = locked(requirement.name)
         assert pins, f"{requirement.name} is not in requirements.lock: make lock"
         for pin in pins:
@@ -42,7 +44,7 @@ def test_the_lock_pins_what_pyproject_asks_for():
 def test_the_pins_that_the_study_was_made_with():
     assert [str(r) for r in locked("torch")] == ["torch==2.15.0"]
     assert [str(r) for r in locked("torchvision")] == ["torchvision==0.29.2"]
-    asked = {Requirement(r).name: str(Requirement(r).specifier) for r in PROJECT["dependencies"]}
+    asked = {r.name: str(r.specifier) for r in map(Requirement, ASKED)}
     assert asked["torch"] == ">=2.11" and set(asked["jupyter-book"].split(",")) == {">=1.0.4.post1", "<2"}
 
 
@@ -60,6 +62,48 @@ def test_conda_gives_the_same_environment():
     (python,) = [Requirement(c.replace("=", "==", 1)) for c in conda if c.startswith("python=")]
     (spec,) = python.specifier
     assert Version(spec.version) in Requirement("python" + PROJECT["requires-python"]).specifier
+
+
+def test_the_core_needs_torch_alone():
+    """In a Python that has nothing else of what the study, the book and the tests need."""
+    assert [Requirement(r).name for r in PROJECT["dependencies"]] == ["torch"]
+    modules = {"pyyaml": "yaml", "pillow": "PIL"}
+    names = {Requirement(r).name.lower() for extra in PROJECT["optional-dependencies"].values() for r in extra}
+    program = f"""
+import sys
+sys.modules |= dict.fromkeys({sorted(modules.get(name, name.replace("-", "_")) for name in names - {"setuptools"})})
+import torch
+from weightsum_lib import EXPORTS, WeightSum, average, recalibrate, vgg8
+import weightsum_lib
+for name, module in EXPORTS.items():
+    assert not module.startswith("core.") or getattr(weightsum_lib, name)
+pair, x = [vgg8(width=1 / 16), vgg8(width=1 / 16)], torch.randn(4, 3, 32, 32)
+assert recalibrate(WeightSum(pair), x)(x).shape == average(pair)(x).shape == (4, 10)
+try:
+    weightsum_lib.synthesize("mnist", 1, "test")
+except ImportError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    assert "numpy" in said.stdout  # the study does not go without
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(tmp_path):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "weightsum_lib", tmp_path / "weightsum_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    build = "from setuptools.build_meta import build_wheel; print(build_wheel('.'))"
+    built = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(tmp_path / built.stdout.split()[-1]) as wheel:
+        kept = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        metadata = message_from_bytes(wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))))
+    files = [p for p in (ROOT / "weightsum_lib").rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert kept == {p.relative_to(ROOT).as_posix() for p in files}
+    asked = [Requirement(r) for r in metadata.get_all("Requires-Dist")]
+    assert [r.name for r in asked if r.marker is None] == ["torch"]
+    assert {*metadata.get_all("Provides-Extra")} == {*PROJECT["optional-dependencies"]} >= {"study", "book", "test"}
 
 
 needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make")
@@ -115,6 +159,19 @@ def test_make_deletes_nothing_that_it_did_not_make_and_runs_no_value_as_a_progra
         for option, expected in (("data-dir", value), ("notebook", "03"), ("force", "1"), ("profile", "quick")):
             assert called[len(called) - called[::-1].index(f"<--{option}>")] == f"<{expected}>"
         assert not (tmp_path / "oops").exists()
+
+
+@pytest.mark.parametrize("uv", [True, False])
+def test_the_lock_is_installed_by_uv_where_it_is_there_else_by_pip(tmp_path, uv):
+    """With stand-ins that keep how they were called."""
+    clone(tmp_path)
+    stand_in(tmp_path / "env" / "bin" / "python", "%s")
+    stand_in(tmp_path / "tools" / ("uv" if uv else "another"), "%s")
+    command, path = [sys.executable, "install.py", "env"], f"{tmp_path / 'tools'}:/bin"
+    subprocess.run(command, cwd=tmp_path, env={"PATH": path}, check=True, capture_output=True)
+    called = " ".join((tmp_path / "called").read_text().split())
+    way = "pip install -q --python env/bin/python" if uv else "-m pip install -q --disable-pip-version-check"
+    assert called == f"{way} -r requirements.lock {way} --no-deps -e ."
 
 
 @needs_make

@@ -1,6 +1,7 @@
-"""The README's Python runs as it stands there, and does what the words beside it say."""
+"""The Python of the README and of the library's page runs as it stands there, and does what the words beside it say."""
 
 import copy
+import doctest
 import re
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import ResNet
 
+import weightsum_lib
+
+API = (Path(__file__).parent.parent / "book" / "api.md").read_text(encoding="utf-8")
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -65,3 +69,14 @@ def test_the_published_networks_are_added_and_still_read_digits(told):
     """Without data or training: the sum reads as many digits, give or take one, as its MNIST network alone."""
     alone = (told["pair"][0](told["digits"]).argmax(1) == told["labels"]).sum()
     assert abs(int(told["read"]) - int(alone)) <= 1 and told["read"] >= 12
+
+
+def test_the_library_page_is_one_session_in_which_every_public_name_is_used(monkeypatch, capsys):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    text = re.sub("^```", "\n```", API, flags=re.MULTILINE)  # what is printed ends where the block does
+    session = doctest.DocTestParser().get_doctest(text, {}, "api.md", "book/api.md", 0)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    runner.run(session)
+    assert runner.summarize().failed == 0, capsys.readouterr().out
+    used = {name for e in session.examples if "import" not in e.source for name in re.findall(r"\w+", e.source)}
+    assert {*weightsum_lib.__all__} - used == set()

@@ -218,6 +218,7 @@ def test_the_price_is_what_a_twin_of_the_same_seed_can_do_more():
     priced = tables.price(
         tables.wide(pd.DataFrame(frame)), {"full": "full", "small": "small", "keyed": "small"}, "full"
     )
+    assert tables.summarize(priced, ["method", "tested"])["gap_size"]["keyed", "mnist"] == (1.5, None, None, 1)
     priced = priced.xs("mnist", level="tested").reset_index().set_index(["method", "seed"])
     assert priced.loc[("keyed", 0), ["before", "gap_full", "gap_size"]].tolist() == [96.0, 3.0, 1.5]
     assert ("keyed", 1) not in priced.index  # no twin has that seed
@@ -263,6 +264,13 @@ def test_a_table_has_its_levels_first_tasks_side_by_side_and_n_last(pairs):
     shown = tables.table(on_mnist(pairs).assign(counts=["yes", "no"]), ["ensemble", "counts"])
     assert shown.values.tolist() == [["independent", "–", "yes", "3"], ["joint ce", "–", "no", "3"]]
     assert list(shown) == ["Method", "Ensemble of logits (%)", "Counts", "n"]
+
+
+def test_the_rows_of_a_notebooks_table_that_matter_are_marked(pairs):
+    html = tables.shown(tables.table(on_mnist(pairs), ["after"]), "On MNIST", marked=["joint ce"]).to_html()
+    assert "On MNIST" in html and "font-weight: bold" in html
+    (marked,) = re.findall(r"((?:#T_\w+_row\d+_col\d+,? ?)+){\s*font-weight: bold", html.replace("\n", ""))
+    assert {*re.findall(r"row\d+", marked)} == {"row1"}  # of two
 
 
 def test_what_prose_and_front_page_read_is_in_the_results_file(pairs, tmp_path):
@@ -319,7 +327,8 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     }  # fmt: skip
     content = {"headline": [row("joint ce", 97.5), row("independent", 11.0)], "provenance": provenance}
     content["intervals"] = {"joint_ce.gap_mnist": Interval(0.05, 0.02, 0.08, 3)._asdict()}
-    page.write_headline(tmp_path, tmp_path / "none")
+    with pytest.raises(RuntimeError, match=r"no front page without results.*make notebooks"):
+        page.write_headline(tmp_path, tmp_path / "none")
     assert not (tmp_path / "none").exists()
     (tmp_path / "01_mnist_cifar10.json").write_text(json.dumps(content))
     page.write_headline(tmp_path, tmp_path / "out")
@@ -385,14 +394,13 @@ def _figures():
     policies = tables.summarize(rows, ["method", "policy", "tested"]).xs("mnist", level="tested")["after"]
     grid = {"coefficients": [0.0, 0.5, 1.0, 1.5], **dict.fromkeys(("mnist", "svhn"), np.eye(4).tolist())}
     steps = pd.DataFrame(
-        {"setting": setting, "way": way, "label": f"`{way}`", "ratio_to_floor": 1.1, "ratio_quartiles": [1.0, 1.2]}
+        {"setting": setting, "way": way, "label": way, "ratio_to_floor": Interval(1.1, 1.0, 1.2, 3)}
         for setting in ("a, batch 1", "a, batch 2")
         for way in ("floor", "ours")
     )
-    on_one = summary.xs("mnist", level="tested")
     return {
-        "before_after": plots.before_after(on_one, "message", "MNIST"),
-        "unmet": plots.unmet(summary, "message"),
+        "before_after": plots.before_after(summary.assign(other=[*summary["other"][:3], None]), "message"),
+        "of_one_task": plots.before_after(summary.xs("mnist", level="tested", drop_level=False), "message"),
         "curves": plots.curves({"joint ce": HISTORY, "random keys": HISTORY}, "MNIST", "CIFAR-10", "message"),
         "layers": plots.layers(LAYERS, LAYERS, "message"),
         "plane": plots.plane({"joint ce": grid}, ("mnist", "svhn"), "message"),
@@ -414,9 +422,9 @@ def figures():
 
 def test_figures_have_a_message_and_axes_with_units_and_n(figures):
     said = {name: figure._suptitle.get_text() for name, figure in figures.items()}
-    assert said.pop("speed") == "The three-term step takes 1.10 to 1.10 times as long as its floor (CPU)"
+    assert said.pop("speed") == "The three-term step takes 1.10 times as long as its floor (CPU)"
     assert set(said.values()) == {"message"}
-    for name in ("before_after", "unmet"):
+    for name in ("before_after", "of_one_task"):
         label = figures[name].axes[0].get_xlabel()
         assert "accuracy (%)" in label and "n = 2 seeds, bars: 95 % interval" in label
     assert "points, n = 2 seeds" in figures["why"].axes[1].get_xlabel()
@@ -456,7 +464,7 @@ def test_a_long_message_is_broken_into_lines_that_fit():
 
 FIGURES = (
     "before_after",
-    "unmet",
+    "of_one_task",
     "curves",
     "layers",
     "plane",

@@ -5,13 +5,19 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from weightsum_lib.core.keys import Channels, Key, deal, embed, tensors_of, widen, with_tensors
 from weightsum_lib.core.weights import WeightSum
+
+
+def linear_sum_assignment(*arguments, **options):
+    """scipy's, imported where it is called: all else in the core needs torch alone."""
+    from scipy import optimize
+
+    return optimize.linear_sum_assignment(*arguments, **options)
 
 
 class Ensemble(nn.Module):

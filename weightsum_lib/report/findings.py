@@ -78,12 +78,10 @@ def answer(rows: pd.DataFrame) -> str:
     """
 
     def kept(tasks: str, method: str) -> str:
-        found = rows[rows["task"].str.match(tasks) & (rows["method"] == method)]
-        parts = zip(found["task"], found["before"], found["after"], strict=True)
-        shown = [
-            f"{100 * after.mean / before.mean:.0f} % of {task.partition(': ')[2]}" for task, before, after in parts
-        ]
-        return " and ".join(shown) or "–"
+        found = rows[rows["task"].str.match(tasks) & (rows["method"] == method)].set_index("task")
+        shares = (100 * row["after"].mean / row["before"].mean for _, row in found.iterrows())
+        shown = zip(found.index.str.split(": ").str[-1], shares, strict=True)
+        return " and ".join(f"{share:.0f} % of {task}" for task, share in shown) or "–"
 
     return (
         f"The sum of two networks that were trained apart keeps {kept('Task [12]', BASELINE)}; of a pair that was "

@@ -17,10 +17,10 @@ _NOTEBOOKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_t
 _ANSWERS = (  # the two networks, the tasks that tested them, the row
     ("trained apart", ("Task 1", "Task 2"), BASELINE),
     ("trained to be added", ("Task 1", "Task 2"), TRAINED),
-    ("that never met, each trained to be added to another", ("Task 3",), TRAINED),
-    ("that never met, trained plainly, under random keys of ⅛", ("Task 3",), ALONE),
-    ("that never met, trained by the recipe, under random keys of ⅛", ("Task 3",), RANDOM),
-    ("that never met, under disjoint keys of ¼", ("Task 3",), DISJOINT),
+    ("never met, each trained to be added", ("Task 3",), TRAINED),
+    ("never met, plain, random keys of ⅛", ("Task 3",), ALONE),
+    ("never met, the recipe, random keys of ⅛", ("Task 3",), RANDOM),
+    ("never met, disjoint keys of ¼", ("Task 3",), DISJOINT),
 )
 
 
@@ -35,24 +35,42 @@ def write_headline(folder: Path, target: Path) -> None:
 
     Each notebook offers rows for the headline: what is summed, accuracy before and after (intervals), n.
     Notebooks that have no results are left out; the pages that quote them say so.
+
+    Raises:
+        RuntimeError: no notebook has any.
     """
     found = _results(folder)
     rows = pd.DataFrame([row for content in found.values() for row in content["headline"]])
     if rows.empty:
-        return
+        raise RuntimeError(
+            f"no front page without results: {folder} has no row for it from {', '.join(_NOTEBOOKS)}; see why they "
+            f"failed in {folder}/<notebook>.ipynb, and run them again: make notebooks PROFILE={folder.name}"
+        )
     rows = rows.rename(columns={"control": "other"})
     for column in ("before", "after", "gap", "other"):
         rows[column] = [Interval(**cell) for cell in rows[column]]
     rows["verdict"] = rows.apply(verdict_of, axis=1)
-    keeping = f"{(rows['verdict'] == KEEPS).sum()} of {len(rows)} sums keep 99 % of the accuracy that the network had"
-    labels = rows["task"] + ": " + rows["networks"].str.replace("θ of ", "")
+    kinds = []
+    for networks, tasks, method in _ANSWERS:
+        of = rows[(rows["method"] == method) & rows["task"].str.startswith(tasks)]
+        kinds.append(of.assign(networks=networks, tested=of["task"].str.split(": ").str[-1]))
+    kinds = pd.concat(kinds).set_index(["networks", "tested"])
+    keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
     plots.use_style()
     target.mkdir(parents=True, exist_ok=True)
-    plots.save(plots.before_after(rows.set_index(labels), f"{keeping} before"), target / "headline.png")
+    message = f"99 % of each skill is kept by {keep.sum()} of {len(keep)} kinds of pairs"
+    plots.save(plots.before_after(kinds, message), target / "headline.png")
     last = list(found.values())[-1]["provenance"]
-    data = {name: d for content in found.values() for name, d in content["provenance"]["data"].items()}
+    p, data = last["params"], {}
+    for content in found.values():
+        data |= content["provenance"]["data"]
+    run_notice = (
+        f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
+        f"each set, {p['epochs']} epochs of {p['epoch_images']:,} images, {p['seeds']} "
+        f"seed{'s' if p['seeds'] > 1 else ''}, on {last['device']} in {last['precision']}."
+    )
     tables = {
-        "answer": _answer(rows),
+        "answer": _answer(kinds),
         "claims": _claims(found),
         "headline": table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"]),
         "data": _data(data),
@@ -60,25 +78,24 @@ def write_headline(folder: Path, target: Path) -> None:
         "times": _times(found),
         "profiles": _profiles(folder),
     }
-    content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last}
-    content["values"] = {"data_notice": data_notice(data), "run_notice": _run_notice(last), "answer": answer(rows)}
+    content = {"notebook": "headline", "profile": p["profile"], "provenance": last}
+    content["values"] = {"data_notice": data_notice(data), "run_notice": run_notice, "answer": answer(rows)}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)
 
 
-def _answer(rows: pd.DataFrame) -> pd.DataFrame:
-    """The headline in a line a way of training: accuracy before and after the sum, and what that makes of the skill."""
-    ends = [f"{a.mean:.1f} → {b.mean:.1f}" for a, b in zip(rows["before"], rows["after"], strict=True)]
-    rows, lines = rows.assign(tested=rows["task"].str.partition(": ")[2], ends=ends), []
-    for networks, tasks, method in _ANSWERS:
-        found = rows[(rows["method"] == method) & rows["task"].str.startswith(tasks)].set_index("tested")
-        if not found.empty:
-            verdicts = found["verdict"]
-            each = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items())
-            shown = found["ends"].reindex(rows["tested"].unique(), fill_value="–")
-            lines.append([networks, *shown, each if verdicts.nunique() > 1 else verdicts.iloc[0]])
-    columns = [f"{name}: before → after (%)" for name in rows["tested"].unique()]
-    return pd.DataFrame(lines, columns=["Two networks", *columns, "Their sum"])
+def _answer(kinds: pd.DataFrame) -> pd.DataFrame:
+    """A line a kind of pair: accuracy before and after the sum, and what that makes of the skill."""
+    lines = {}
+    for networks, rows in kinds.groupby("networks", sort=False):
+        rows = rows.droplevel("networks")
+        ends = {
+            f"{t}: before → after (%)": f"{r['before'].mean:.1f} → {r['after'].mean:.1f}" for t, r in rows.iterrows()
+        }
+        each = "; ".join(f"{task}: {said}" for task, said in rows["verdict"].items())
+        lines[networks] = ends | {"Their sum": each if rows["verdict"].nunique() > 1 else rows["verdict"].iloc[0]}
+    shown = pd.DataFrame(lines).T.rename_axis("Two networks").reset_index().fillna("–")
+    return shown[[*shown.columns.drop("Their sum"), "Their sum"]]
 
 
 def _claims(found: Mapping[str, dict]) -> pd.DataFrame:
@@ -86,32 +103,27 @@ def _claims(found: Mapping[str, dict]) -> pd.DataFrame:
     lines = []
     for says, claim in params.claims().items():
         page, _, key = claim["value"].partition(":")
-        cell = Interval(**found[page]["intervals"][key]) if key in found.get(page, {}).get("intervals", {}) else None
+        cell = found.get(page, {}).get("intervals", {}).get(key)
+        cell = cell and Interval(**cell)
         if "at_least" in claim:
-            target, verdict = f"≥ {claim['at_least']:g}", judge(cell, claim["at_least"])
+            target, said = f"≥ {claim['at_least']:g}", judge(cell, claim["at_least"])
         else:
-            target, verdict = f"≤ {claim['at_most']:g}", judge(cell and cell.negated(), -claim["at_most"])
-        lines.append([says, target, "–" if cell is None else f"{cell:.2f}", "–" if cell is None else cell.n, verdict])
+            target, said = f"≤ {claim['at_most']:g}", judge(cell and cell.negated(), -claim["at_most"])
+        lines.append([says, target, *((f"{cell:.2f}", cell.n) if cell else "––"), said])
     return pd.DataFrame(lines, columns=["Claim", "Target", "Found (95 % interval)", "n", "Verdict"])
 
 
-def _run_notice(provenance: Mapping) -> str:
-    p = provenance["params"]
-    return (
-        f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
-        f"each set, {p['epochs']} epochs of {p['epoch_images']:,} images, {p['seeds']} "
-        f"seed{'s' if p['seeds'] > 1 else ''}, on {provenance['device']} in {provenance['precision']}."
-    )
-
-
 def _data(data: Mapping[str, dict]) -> pd.DataFrame:
-    rows = {
-        title(name): [f"{d['source']}: {d['note']}", *(f"{d['images'][split]:,}" for split in ("train", "val", "test"))]
+    rows = [
+        [
+            title(name),
+            f"{d['source']}: {d['note']}",
+            *(f"{d['images'][split]:,}" for split in ("train", "val", "test")),
+            d["checksum"][:16] + "…",
+        ]
         for name, d in data.items()
-    }
-    columns = ["Source", "Training", "Validation", "Test"]
-    found = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("Dataset").reset_index()
-    return found.assign(**{"SHA-256 of the file": [d["checksum"][:16] + "…" for d in data.values()]})
+    ]
+    return pd.DataFrame(rows, columns=["Dataset", "Source", "Training", "Validation", "Test", "SHA-256 of the file"])
 
 
 def _provenance(of: Mapping) -> pd.DataFrame:
@@ -181,14 +193,11 @@ _BEGIN, _END = "<!-- headline: from book/published -->\n", "<!-- /headline -->\n
 
 
 def readme_headline(published: Path) -> str:
-    """The README's table and figure, in Markdown, from the published run."""
+    """The README's figure and table, in Markdown, from the published run."""
     content = store.read_json(published / "headline.json")
-    values, tables = content["values"], []
-    for shown in (content["tables"][name] for name in ("answer", "headline")):
-        lines = [shown["columns"], ["---"] * len(shown["columns"]), *shown["rows"]]
-        tables.append("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
-    return (
-        "\n\n".join(tables)
-        + "\n\n![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)\n\n"
-        + f"{values['run_notice']} {values['data_notice'].replace('on this page', 'in this table')}\n"
-    )
+    values, shown = content["values"], content["tables"]["answer"]
+    lines = [shown["columns"], ["---"] * len(shown["columns"]), *shown["rows"]]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    figure = "![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)"
+    made_with = f"{values['run_notice']} {values['data_notice'].replace('on this page', 'here')}"
+    return f"**{values['answer']}**\n\n{figure}\n\n{table}\n\n{made_with}\n"

@@ -1,6 +1,7 @@
 """The report's figures: axes with units, intervals, one message in the title, Okabe–Ito colours, an opaque ground.
 
-Most take a summary (:func:`weightsum_lib.report.tables.summarize`) and the message, and return the figure.
+Most take a summary (:func:`weightsum_lib.report.tables.summarize`) and the message, and return the figure. None is
+wider than nine inches, so that a phone shows its letters.
 """
 
 import textwrap
@@ -11,17 +12,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from weightsum_lib.report.findings import CHANCE
-from weightsum_lib.report.tables import Interval, fraction, title
+from weightsum_lib.report.tables import Interval, fraction, span, title
 from weightsum_lib.study.params import RANDOM
 
 # Okabe & Ito 2008: told apart by colour-blind readers; markers differ too, for print.
 BEFORE, AFTER, CONTROL = "#0072B2", "#D55E00", "#009E73"
-_OTHERS = ["#CC79A7", "#E69F00", "#56B4E9", "#000000"]
-_MARKERS = "osD^vP*X"  # eight, and seven colours: no two of 56 lines look the same
+_COLOURS = [BEFORE, AFTER, CONTROL, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+_MARKERS = "osD^vP*X"
+_LINES = cycler(color=_COLOURS * 8) + cycler(marker=[*_MARKERS] * 7)  # no two of 56 look the same
 BARS = ", bars: 95 % interval"
 _NETWORKS = {  # how the columns of a summary are shown
     "before": {"label": "alone, before the sum", "color": BEFORE, "fmt": "o", "mfc": "white"},
@@ -32,9 +35,10 @@ _NETWORKS = {  # how the columns of a summary are shown
 
 def use_style() -> None:
     """Set the report's look for every figure drawn after it."""
-    sns.set_theme(style="whitegrid", palette=[BEFORE, AFTER, CONTROL, *_OTHERS])
+    sns.set_theme(style="whitegrid")
     plt.rcParams |= {"figure.facecolor": "white", "savefig.facecolor": "white", "figure.dpi": 110}
     plt.rcParams |= {"axes.titlesize": 12, "axes.titlelocation": "left", "legend.frameon": False}
+    plt.rcParams |= {"axes.prop_cycle": _LINES, "lines.markersize": 6, "errorbar.capsize": 3}
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -46,13 +50,13 @@ def _panels(columns: int, size: tuple[float, float], rows: int = 1, **options) -
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def _of_tasks(summary: pd.DataFrame, size: tuple[float, float]) -> tuple[Figure, list[tuple[Axes, str, pd.DataFrame]]]:
-    """A figure with a panel a tested task: the panel, the task, and the summary's rows of it."""
+def _of_tasks(summary: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """A figure with a panel a tested task, and each panel with the summary's rows of its task."""
     names = summary.index.unique("tested")
-    figure, ((*panels,),) = _panels(len(names), size, sharey=True)
+    figure, ((*panels,),) = _panels(len(names), (9, height), sharey=True)
     for axes, name in zip(panels, names, strict=True):
         axes.set_title(f"on {title(name)}")
-    return figure, [(axes, n, summary.xs(n, level="tested")) for axes, n in zip(panels, names, strict=True)]
+    return figure, [(axes, summary.xs(name, level="tested")) for axes, name in zip(panels, names, strict=True)]
 
 
 def _done(figure: Figure, message: str) -> Figure:
@@ -69,10 +73,10 @@ def _done(figure: Figure, message: str) -> Figure:
     return figure
 
 
-def _spread(cells: Iterable[Interval]) -> tuple[np.ndarray, np.ndarray]:
-    """Means (n,), and how far the interval reaches below and above them (2, n); without one 0."""
-    cells = [cell if cell.low is not None else cell._replace(low=cell.mean, high=cell.mean) for cell in cells]
-    mean, low, high = np.array([cell[:3] for cell in cells]).T
+def _spread(cells: Iterable[Interval | None]) -> tuple[np.ndarray, np.ndarray]:
+    """Means (n,), and how far the interval reaches below and above them (2, n); without one 0, what is missing nan."""
+    cells = [cell if isinstance(cell, Interval) else Interval(np.nan, None, None, 0) for cell in cells]
+    mean, low, high = np.array([(c.mean, *(c.mean if end is None else end for end in c[1:3])) for c in cells]).T
     return mean, np.clip([mean - low, high - mean], 0, None)
 
 
@@ -82,43 +86,25 @@ def _n(summary: pd.DataFrame, bars: str = "") -> str:
     return f"n = {low if low == high else f'{low} to {high}'} seed" + (f"s{bars}" if high > 1 else "")
 
 
-def _dumbbells(axes: Axes, summary: pd.DataFrame, networks: Sequence[str], task: str = "") -> None:
-    """A line a row of the summary, a marker a network."""
-    y = range(len(summary))
-    axes.hlines(y, *(_spread(summary[end])[0] for end in ("before", "after")), color="0.7", lw=2, zorder=1)
-    for network in networks:
-        means, halves = _spread(summary[network])
-        axes.errorbar(means, y, xerr=halves, ms=8, capsize=3, mew=1.8, zorder=2, **_NETWORKS[network])
-    axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
-    axes.set_yticks(y, [label if isinstance(label, str) else label[0] for label in summary.index])
-    axes.set(ylim=(len(summary) - 0.5, -0.5), xlim=(0, 101))
-    axes.set_xlabel(f"{task} test accuracy (%)".strip() + f"\n{_n(summary, BARS)}", fontsize=10)
-    axes.grid(axis="y", visible=False)
-
-
-def before_after(summary: pd.DataFrame, message: str, task: str = "") -> Figure:
-    """Accuracy on a task before and after the sum, a line a row.
-
-    Args:
-        summary: rows with ``before``, ``after``, ``n``; the index labels them.
-        message: what the figure says.
-        task: title of the tested task, for the axis; empty where the labels name it.
-    """
-    figure, ((axes,),) = _panels(1, (8.5, 1.8 + 0.4 * len(summary)))
-    _dumbbells(axes, summary, ("before", "after"), task)
-    return _done(figure, message)
-
-
-def unmet(summary: pd.DataFrame, message: str) -> Figure:
-    """Task 3: each task's own network, the sum, and the other task's network as control, side by side.
+def before_after(summary: pd.DataFrame, message: str) -> Figure:
+    """Accuracy before and after the sum, and of the other network as control: a line a row, a panel a task.
 
     Args:
         summary: by method and tested task, with ``before``, ``after``, ``other``, ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, (10, 2 + 0.21 * len(summary)))
-    for axes, _, rows in panels:
-        _dumbbells(axes, rows, ("before", "after", "other"))
+    figure, panels = _of_tasks(summary, 2 + 0.42 * len(summary.index.droplevel("tested").unique()))
+    for axes, rows in panels:
+        y = range(len(rows))
+        axes.hlines(y, *(_spread(rows[end])[0] for end in ("before", "after")), color="0.7", lw=2, zorder=1)
+        for network, look in _NETWORKS.items():
+            means, halves = _spread(rows[network])
+            axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, zorder=2, **look)
+        axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
+        axes.set_yticks(y, rows.index.get_level_values(0))
+        axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 103))
+        axes.set_xlabel(f"test accuracy (%)\n{_n(rows, BARS)}", fontsize=10)
+        axes.grid(axis="y", visible=False)
     return _done(figure, message)
 
 
@@ -132,21 +118,21 @@ def curves(histories: Mapping[str, Sequence[dict]], main: str, support: str, mes
         message: what the figure says.
     """
     series = {
-        "main": (f"θ_main on {main}", BEFORE, "o"),
-        "sum": (f"the sum on {main}", AFTER, "s"),
-        "third": ("third term", AFTER, "X"),
-        "support": (f"θ_support on {support}", CONTROL, "^"),
+        "main": ("C0o-", f"θ_main on {main}"),
+        "sum": ("C1s-", f"the sum on {main}"),
+        "third": ("C1X-", "third term"),
+        "support": ("C2^-", f"θ_support on {support}"),
     }
     units = {"loss": "training loss\n(nats)", "val": "validation\naccuracy (%)"}
     figure, grid = _panels(2, (9, 1 + 1.7 * len(histories)), len(histories), sharex=True, sharey="col")
     for row, (method, epochs) in zip(grid, histories.items(), strict=True):
         history = pd.DataFrame(epochs).set_index("epoch")
-        for axes, (kind, unit) in zip(row, units.items(), strict=True):
-            for name in (name for name in series if f"{kind}_{name}" in history):
-                label, colour, marker = series[name]
-                axes.plot(history[f"{kind}_{name}"], marker=marker, ms=5, color=colour, label=label)
-            axes.set_ylabel(unit, fontsize=10)
         row[0].set_title(method)
+        for axes, (kind, unit) in zip(row, units.items(), strict=True):
+            axes.set_ylabel(unit, fontsize=10)
+            for name, (look, label) in series.items():
+                if f"{kind}_{name}" in history:
+                    axes.plot(history[f"{kind}_{name}"], look, ms=5, label=label)
     for axes in grid[-1]:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
@@ -154,11 +140,15 @@ def curves(histories: Mapping[str, Sequence[dict]], main: str, support: str, mes
     return _done(figure, message)
 
 
-def _by_layer(axes: Axes, rows: pd.DataFrame, column: str) -> None:
+def _by_layer(axes: Axes, rows: pd.DataFrame, column: str, unit: str) -> None:
     """A line a method over the layers."""
-    for i, (method, own) in enumerate(rows.groupby("method", sort=False)):
-        axes.plot(own["layer"], own[column], marker=_MARKERS[i % len(_MARKERS)], ms=6, alpha=0.85, label=method)
+    shown = rows.pivot(index="layer", columns="method", values=column)
+    shown = shown.reindex(index=rows["layer"].unique(), columns=rows["method"].unique())
+    axes.plot(shown.index, shown, alpha=0.85, label=[*shown])
     axes.tick_params(axis="x", rotation=60)
+    axes.set_ylabel(unit)
+    if column == "explained":
+        axes.set_ylim(0, 1.03)
 
 
 def layers(rows: pd.DataFrame, explained: pd.DataFrame, message: str) -> Figure:
@@ -169,18 +159,18 @@ def layers(rows: pd.DataFrame, explained: pd.DataFrame, message: str) -> Figure:
         explained: ``method``, ``layer``, ``explained``.
         message: what the figure says.
     """
-    figure, ((left, right, last),) = _panels(3, (13, 4.8))
-    _by_layer(last, explained, "explained")
-    last.set(ylim=(0, 1.03), ylabel="variance in the sum that θ_main explains")
-    for axes, column, even in ((left, "norm_ratio", 1), (right, "cosine", 0)):
-        _by_layer(axes, rows, column)
-        axes.axhline(even, color="0.4", lw=1, ls=":")
-    left.set(yscale="log", ylabel="‖W_main‖ / ‖W_support‖")
-    left.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50])
-    left.yaxis.set_major_formatter("{x:g}")
-    left.minorticks_off()
-    left.set_ylim(min(0.2, rows["norm_ratio"].min() / 1.2), max(5, rows["norm_ratio"].max() * 1.2))
-    right.set(ylabel="cosine of the two weights", ylim=(-1, 1.05))
+    figure, ((ratio,), (cosine,), (last,)) = _panels(1, (8.5, 8.5), 3, sharex=True)
+    _by_layer(ratio, rows, "norm_ratio", "‖W_main‖ / ‖W_support‖")
+    _by_layer(cosine, rows, "cosine", "cosine of the two weights")
+    _by_layer(last, explained, "explained", "variance in the sum\nthat θ_main explains")
+    ratio.axhline(1, color="0.4", lw=1, ls=":")
+    cosine.axhline(0, color="0.4", lw=1, ls=":")
+    ratio.set_yscale("log")
+    ratio.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50])
+    ratio.yaxis.set_major_formatter("{x:g}")
+    ratio.minorticks_off()
+    ratio.set_ylim(min(0.2, rows["norm_ratio"].min() / 1.2), max(5, rows["norm_ratio"].max() * 1.2))
+    cosine.set_ylim(-1, 1.05)
     return _done(figure, message)
 
 
@@ -217,18 +207,15 @@ def policies(shown: Mapping[str, pd.Series], names: Sequence[str], message: str)
         message: what the figure says.
     """
     methods = next(iter(shown.values())).index.unique("method")
-    width = 0.08 * max(map(len, methods)) + 3.5 * len(shown)
-    figure, ((*panels,),) = _panels(len(shown), (width, 1.6 + 0.38 * len(methods)), sharey=True)
+    figure, ((*panels,),) = _panels(len(shown), (9, 1.6 + 0.38 * len(methods)), sharey=True)
     for axes, (heading, cells) in zip(panels, shown.items(), strict=True):
-        values = pd.Series(_spread(cells)[0], cells.index).unstack("policy").reindex(index=methods, columns=list(names))
-        axes.imshow(values, vmin=0, vmax=100, cmap="cividis", aspect="auto")
-        for (y, x), value in np.ndenumerate(values.fillna(-1)):
-            if value >= 0:
-                axes.text(x, y, f"{value:.0f}", ha="center", va="center", size=9, color="k" if value > 50 else "w")
-        axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names], size=9)
-        axes.set_yticks(range(len(methods)), methods, size=9)
-        axes.set_title(heading)
-        axes.grid(False)
+        means = cells.map(lambda cell: cell.mean).unstack("policy").reindex(index=methods, columns=list(names))
+        means.columns = [name.replace("_", "\n") for name in names]
+        look = {"vmin": 0, "vmax": 100, "cmap": "cividis", "cbar": False, "yticklabels": False}
+        sns.heatmap(means, ax=axes, annot=True, fmt=".0f", **look)
+        axes.set(title=heading, xlabel="", ylabel="")
+        axes.set_yticks(np.arange(len(methods)) + 0.5, methods)
+        axes.tick_params(labelsize=9, rotation=0)
     return _done(figure, message)
 
 
@@ -240,20 +227,18 @@ def why(explained: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
         summary: by method and tested task, with ``loudness``, ``interference``, ``n``.
         message: what the figure says.
     """
+    figure = plt.figure(figsize=(9, 6.2 + 0.15 * len(summary)), layout="constrained")
+    inside, *panels = figure.subplot_mosaic([[0, 0], [1, 2]], height_ratios=[3, 1.5 + 0.15 * len(summary)]).values()
     both = summary.index.unique("tested")
-    figure, ((left, *panels),) = _panels(3, (13, 3.6 + 0.15 * len(summary)), width_ratios=[1.3, 1, 1])
-    _by_layer(left, explained, "explained")
-    left.set(ylim=(0, 1.03), ylabel=f"variance explained\nby θ of {title(both[0])} alone")
-    left.set_title(f"inside the sum, on {title(both[0])}, seed 0")
+    _by_layer(inside, explained, "explained", f"variance explained\nby θ of {title(both[0])} alone")
+    inside.set_title(f"inside the sum, on {title(both[0])}, seed 0")
     kinds = {"loudness": "lost to the other's loud answers", "interference": "lost to interference of weights"}
     for axes, name in zip(panels, both, strict=True):
         lost = summary.xs(name, level="tested")
         points = lost[list(kinds)].map(lambda cell: max(cell.mean, 0)).rename(columns=kinds)
-        points.set_axis(lost.index.get_level_values("method")).plot.barh(
-            stacked=True, ax=axes, color=[CONTROL, AFTER], width=0.8, legend=False
-        )
+        points.index = lost.index.get_level_values("method")
+        points[::-1].plot.barh(stacked=True, ax=axes, color=[CONTROL, AFTER], width=0.8, legend=False)
         axes.set(title=f"lost on {title(name)}", xlabel=f"points, {_n(lost)}", ylabel="", xlim=(0, 100))
-        axes.invert_yaxis()
         axes.grid(axis="y", visible=False)
     panels[1].set_yticklabels([])
     return _done(figure, message)
@@ -266,15 +251,14 @@ def kept_by_share(summary: pd.DataFrame, message: str) -> Figure:
         summary: by line, share and tested task, with ``kept`` and ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, (11, 4.8))
-    for axes, _, rows in panels:
-        for i, (line, own) in enumerate(rows.groupby("line", sort=False)):
+    figure, panels = _of_tasks(summary, 4.8)
+    for axes, rows in panels:
+        for line, own in rows.groupby("line", sort=False):
             own = own.droplevel("line").sort_index()
-            mean, ends = _spread(own["kept"])
-            axes.errorbar(own.index, mean, ends, fmt=f"{_MARKERS[i % 8]}-", ms=6, capsize=3, alpha=0.85, label=line)
+            axes.errorbar(own.index, *_spread(own["kept"]), alpha=0.85, label=line)
         shares = rows.index.unique("share")
         axes.axhline(100, color="0.5", ls=":", lw=1, label="nothing is lost")
-        axes.set(xscale="log", xlabel=f"share of the sum's channels that each network has, k\n{_n(rows, BARS)}")
+        axes.set(xscale="log", xlabel=f"share of the sum's channels that each has, k\n{_n(rows, BARS)}")
         axes.set_xticks(shares, [fraction(share) for share in shares])
         axes.minorticks_off()
     panels[0][0].set_ylabel("kept: after / before (%)")
@@ -288,11 +272,12 @@ def lost_by_layer(summary: pd.DataFrame, message: str) -> Figure:
         summary: by layer and tested task, with ``interference`` and ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, (10, 3.2))
-    for axes, _, rows in panels:
+    figure, panels = _of_tasks(summary, 3.4)
+    for axes, rows in panels:
         mean, ends = _spread(rows["interference"])
-        axes.bar([layer.rpartition(".")[2] for layer in rows.index], mean, yerr=ends, capsize=3, color=AFTER)
-        axes.set_xlabel(f"layer with random keys, {_n(rows, BARS)}")
+        axes.bar([layer.rpartition(".")[2] for layer in rows.index], mean, yerr=ends, color=AFTER)
+        axes.set_xlabel(f"layer with random keys\n{_n(rows, BARS)}")
+        axes.tick_params(axis="x", rotation=60)
     panels[0][0].set_ylabel("points lost to\nshared channels")
     return _done(figure, message)
 
@@ -304,10 +289,10 @@ def by_draw(rows: pd.DataFrame, message: str) -> Figure:
         rows: wide rows with the level ``line``, and ``shared`` and ``kept``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(rows, (10, 3.8))
-    for axes, _, own in panels:
-        for i, (line, each) in enumerate(own.groupby("line", sort=False)):
-            axes.plot(100 * each["shared"], each["kept"], _MARKERS[i], ms=5, alpha=0.6, label=line)
+    figure, panels = _of_tasks(rows, 4)
+    for axes, own in panels:
+        for line, each in own.groupby("line", sort=False):
+            axes.plot(100 * each["shared"], each["kept"], ls="", ms=5, alpha=0.6, label=line)
         axes.set_xlabel("channels that the other network has too\n(%, mean of the layers), a point a draw")
     panels[0][0].set_ylabel("kept: after / before (%)")
     return _done(figure, message)
@@ -321,7 +306,7 @@ def capacity(rows: pd.DataFrame, law: Callable, message: str) -> Figure:
         law: of the number of networks and the share k, what random keys keep of the ensemble (%).
         message: what the figure says.
     """
-    figure, ((left, right),) = _panels(2, (11, 4.6))
+    figure, ((left, right),) = _panels(2, (9, 4.6))
     means = rows.groupby(["method", "share", "networks"], sort=False)[["kept", "kept_of_ensemble"]].mean()
     means = means.reset_index()
     of_k, random = means["share"].map(fraction), means["method"] == RANDOM
@@ -332,11 +317,9 @@ def capacity(rows: pd.DataFrame, law: Callable, message: str) -> Figure:
     sns.scatterplot(means[random], x="others", y="kept_of_ensemble", legend=False, ax=right, **style)
     shares = means.loc[random, "share"]
     x = np.geomspace(shares.min(), (means["networks"].max() - 1) * shares.max())
-    right.plot(x, law(1 + x, 1.0), "k-", lw=1, label="the law")
+    right.plot(x, law(1 + x, 1.0), "k-", marker="", lw=1, label="the law")
     left.get_legend().remove()
-    left.set(
-        xlabel="networks in the sum", ylabel="kept (%), mean of the tasks", xticks=sorted(means["networks"].unique())
-    )
+    left.set(xlabel="networks in the sum", ylabel="kept (%), mean of the tasks", xticks=means["networks"].unique())
     right.set(xscale="log", xlabel="expected others on a channel, (N − 1) · k", ylabel="kept of the ensemble (%)")
     return _done(figure, message)
 
@@ -351,7 +334,7 @@ def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str,
         message: what the figure says.
     """
     ways, pairs = (list(summary.index.unique(level)) for level in ("way", "networks"))
-    figure, ((*panels,),) = _panels(len(tasks := summary.index.unique("task")), (5 + 3 * len(tasks), 7), sharey=True)
+    figure, ((*panels,),) = _panels(len(tasks := summary.index.unique("task")), (5 + 2 * len(tasks), 7), sharey=True)
     for axes, task in zip(panels, tasks, strict=True):
         rows = summary.xs(task, level="task")
         for i, (pair, own) in enumerate(rows.groupby("networks", sort=False)):
@@ -392,24 +375,20 @@ def speed(steps: pd.DataFrame, device: str) -> Figure:
     """How long each way of making a step takes, as a multiple of the floor.
 
     Args:
-        steps: ``setting``, ``way``, ``label``, ``ratio_to_floor`` and its ``ratio_quartiles``.
+        steps: ``setting``, ``way``, ``label`` and ``ratio_to_floor``, a mean of turns and their quartiles.
         device: what it was measured on.
     """
     settings = steps.groupby("setting", sort=False)
     figure, ((*panels,),) = _panels(len(settings), (3.4 + 2.6 * len(settings), 3.6), sharey=True)
     for axes, (setting, shown) in zip(panels, settings, strict=True):
-        ratios, (low, high) = shown["ratio_to_floor"], np.array(shown["ratio_quartiles"].tolist()).T
+        ratios, around = _spread(shown["ratio_to_floor"])
         colours = np.where(shown["way"].str.startswith("ours"), AFTER, BEFORE)
-        around = (ratios - low).clip(0), (high - ratios).clip(0)
-        bars = axes.barh(
-            shown["label"].str.replace("`", ""), ratios, xerr=around, color=colours, alpha=0.85, height=0.6
-        )
+        bars = axes.barh(shown["label"], ratios, xerr=around, color=colours, alpha=0.85, height=0.6)
         axes.bar_label(bars, fmt="%.2f", padding=4, fontsize=9)
         axes.axvline(1, color="0.3", ls=":", lw=1)
         axes.set(xlabel="time of a step / floor", title=setting.partition(", ")[2])
         axes.margins(x=0.18)
         axes.grid(axis="y", visible=False)
     panels[0].invert_yaxis()
-    ours = steps["ratio_to_floor"][steps["way"] == "ours"]
-    between = f"{ours.min():.2f}" + (f" to {ours.max():.2f}" if len(ours) > 1 else "")
-    return _done(figure, f"The three-term step takes {between} times as long as its floor ({device})")
+    ours = [cell.mean for cell in steps["ratio_to_floor"][steps["way"] == "ours"]]
+    return _done(figure, f"The three-term step takes {span(ours)} times as long as its floor ({device})")

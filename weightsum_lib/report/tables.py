@@ -3,6 +3,7 @@
 A *summary* is a DataFrame with a row a method (and policy, and tested task) whose cells are :class:`Interval`.
 """
 
+import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -11,11 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 from scipy import special, stats
 
 from weightsum_lib.study import store
 from weightsum_lib.study.params import CLAIMS, DATASETS, Method, slug
 
+pd.set_option("styler.format.escape", "html")  # a row may be called anything
 # role of a network where a task is tested; "before" and "other" follow from what is tested
 _ROLES = {"sum": "after", "merged": "after", "ceiling": "after", "renamed": "renamed", "ensemble": "ensemble"}
 _OF_SUM = ["policy", "share", "narrow", "draw"]  # levels in which a sum differs from what it is compared with
@@ -101,6 +104,15 @@ def fraction(share: float) -> str:
     return f"1/{1 / share:g}" if 0 < share < 1 else f"{share:g}"
 
 
+def span(values: Iterable[float], digits: str = ".2f") -> str:
+    """From the lowest to the highest value, once where both read the same.
+
+    >>> span([1.5, 1.0, 2.0], ".1f"), span([1.001, 1.002])
+    ('1.0 to 2.0', '1.00')
+    """
+    return " to ".join(dict.fromkeys(format(end, digits) for end in (min(values), max(values)))).replace("-", "−")
+
+
 def title(name: str) -> str:
     """A dataset's name as the report prints it.
 
@@ -128,18 +140,11 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
     alone = frame["network"] == frame["tested"].replace(own or {})
     frame = frame.assign(role=frame["network"].map(_ROLES).fillna(alone.map({True: "before", False: "other"})))
     by = [c for c in frame if c not in ("network", "role", "accuracy", "confidence", "sampling", "shared")]
-    same = [level for level in by if level not in _OF_SUM]
     found = pd.DataFrame(index=frame[frame["role"] == "after"].set_index(by).index.unique())
-    for name, role, column, levels in (
-        ("before", "before", "accuracy", same),
-        ("after", "after", "accuracy", by),
-        ("other", "other", "accuracy", same),
-        ("ensemble", "ensemble", "accuracy", same),
-        ("renamed", "renamed", "accuracy", by),
-        ("confidence", "other", "confidence", same),
-        ("sampling", "after", "sampling", by),
-        ("shared", "after", "shared", by),
-    ):
+    parts = {role: (role, "accuracy") for role in ("before", "after", "other", "ensemble", "renamed")}
+    parts |= {"confidence": ("other", "confidence"), "sampling": ("after", "sampling"), "shared": ("after", "shared")}
+    for name, (role, column) in parts.items():
+        levels = by if role in ("after", "renamed") else [level for level in by if level not in _OF_SUM]
         if column in frame:
             cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
             found = found.join(cells.rename(name), on=levels)
@@ -165,13 +170,9 @@ def summarize(rows: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
     seeds = rows.groupby([*by, "seed"], sort=False)
     groups = seeds.mean().groupby(list(by), sort=False)
     found = groups.agg({c: partial(interval, percent=c in _PERCENT) for c in rows}).assign(n=groups.size())
-    if "sampling" in rows:
-        found["sampling"] = groups["sampling"].mean()
     if "kept" in rows:
-        kept = {"worst": seeds["kept"].min(), "spread": seeds["kept"].std()}
-        found = found.assign(
-            worst=kept["worst"].groupby(list(by)).min(), spread=kept["spread"].groupby(list(by)).mean()
-        )
+        of_draws = {"worst": seeds["kept"].min().groupby(list(by)).min(), "sampling": groups["sampling"].mean()}
+        found = found.assign(**of_draws, spread=seeds["kept"].std().groupby(list(by)).mean())
     return found
 
 
@@ -194,17 +195,11 @@ def room_table(room: pd.DataFrame) -> pd.DataFrame:
     Args:
         room: see :func:`weightsum_lib.study.measure.room`.
     """
-    shared = room.assign(layer=room["layer"].str.rpartition(".")[2] + " (" + room["channels"].astype(str) + ")")
-    shared = shared.pivot(index="share", columns="layer", values="shared")[shared["layer"].unique()]
-    shown = shared.sort_index(ascending=False).map("{:.3g}".format).reset_index()
-    used = room.groupby("share", sort=False)["used"].first().sort_index(ascending=False)
-    shown["share"] = [fraction(k) for k in used.index]
-    megabytes = [f"{bytes_ / 2**20:.1f}" for bytes_ in used]
-    return (
-        shown.rename(columns={"share": "k"})
-        .assign(**{"Sum as its used channels (MiB)": megabytes})
-        .rename_axis(columns=None)
-    )
+    layer = room["layer"].str.rpartition(".")[2] + " (" + room["channels"].astype(str) + ")"
+    shown = room.assign(layer=layer).pivot(index="share", columns="layer", values="shared")[layer.unique()]
+    shown = shown.sort_index(ascending=False).map("{:.3g}".format)
+    shown["Sum as its used channels (MiB)"] = room.groupby("share")["used"].first().div(2**20).map("{:.1f}".format)
+    return shown.rename(index=fraction).rename_axis(index="k", columns=None).reset_index()
 
 
 def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFrame:
@@ -219,9 +214,8 @@ def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFra
         wide rows with ``before`` (percent), ``gap_full`` and ``gap_size`` (points: the twin's accuracy minus the
         network's), for the seeds that the twins have too.
     """
-    alone = (
-        rows["before"].groupby(["task", "seed", "tested", "method"], sort=False).first().unstack("method", sort=False)
-    )
+    alone = rows["before"].groupby(["task", "seed", "tested", "method"], sort=False).first()
+    alone = alone.unstack("method", sort=False)
     of_size = alone[[twins[method] for method in alone]].set_axis(alone.columns, axis=1)
     found = {"before": alone, "gap_full": -alone.sub(alone[full], axis=0), "gap_size": of_size - alone}
     return pd.DataFrame({name: each.stack("method", future_stack=True) for name, each in found.items()}).dropna()
@@ -232,40 +226,46 @@ def table(summary: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
 
     Tested tasks stand side by side. Intervals have one decimal, gaps, which are small, two; what is missing is "–".
     """
+    shown = {c: [_text(cell, ".2f" if c.startswith("gap") else ".1f") for cell in summary[c]] for c in columns}
+    shown, n = pd.DataFrame(shown, summary.index).rename(columns=_heading), summary["n"]
+    if "tested" in summary.index.names:
+        shown = pd.concat({t: shown.xs(t, level="tested") for t in summary.index.unique("tested")}, axis=1).fillna("–")
+        shown = shown.set_axis([f"{title(t)}: {heading[0].lower()}{heading[1:]}" for t, heading in shown], axis=1)
+        n = n.groupby(shown.index.names).max()
+    shown = shown.assign(n=n.astype(str))
+    if "share" in shown.index.names:
+        shown = shown.rename(index=fraction, level="share")
+    return shown.rename_axis(index=[_heading(level) for level in shown.index.names]).reset_index()
 
-    def show(cell, digits):
-        if isinstance(cell, Interval):
-            return format(cell, digits)
-        return "–" if pd.isna(cell) else f"{cell:.1f}" if isinstance(cell, float) else str(cell)
 
-    tested = summary.index.unique("tested") if "tested" in summary.index.names else [""]
-    sides = {name: summary.xs(name, level="tested") if name else summary for name in tested}
-    index = next(iter(sides.values())).index
-    shown = index.to_frame(index=False)
-    if "share" in shown:
-        shown["share"] = shown["share"].map(fraction)
-    shown = shown.rename(columns=lambda level: HEADINGS.get(level, level.capitalize()))
-    for name, side in sides.items():
-        for column in columns:
-            heading = HEADINGS.get(column, column.capitalize())
-            heading = f"{title(name)}: {heading[0].lower()}{heading[1:]}" if name else heading
-            digits = ".2f" if column.startswith("gap") else ".1f"
-            shown[heading] = [show(cell, digits) for cell in side[column].reindex(index)]
-    return shown.assign(n=[show(n, "") for n in summary["n"].groupby(index.names, sort=False).max()])
+def _heading(name: str) -> str:
+    return HEADINGS.get(name, name.capitalize())
+
+
+def _text(cell, digits: str) -> str:
+    return cell if isinstance(cell, str) else "–" if cell is None or cell != cell else format(cell, digits)
+
+
+def shown(frame: pd.DataFrame, caption: str = "", marked: Sequence[str] = ()) -> Styler:
+    """A table in a notebook: without numbers of rows, and with those rows in bold whose first cell is ``marked``."""
+    bold = frame.iloc[:, 0].isin(marked).map({True: "font-weight: bold", False: ""})
+    return frame.style.hide(axis="index").set_caption(caption).apply(lambda column: bold)
 
 
 def by_share(cells: pd.Series) -> pd.DataFrame:
     """Intervals by ``line`` and ``share`` as they are shown: a line a row, a share k of the sum's channels a column."""
-    shares = sorted(cells.index.unique("share"), reverse=True)
-    shown = cells.map(str).unstack("share").reindex(cells.index.unique("line"), columns=shares).fillna("–")
-    return shown.set_axis([f"k = {fraction(k)}" for k in shares], axis=1).rename_axis("Networks").reset_index()
+    shown = cells.map(str).unstack("share", fill_value="–").loc[cells.index.unique("line")]
+    shown = shown.sort_index(axis=1, ascending=False)
+    return (
+        shown.rename(columns=lambda k: f"k = {fraction(k)}").rename_axis(index="Networks", columns=None).reset_index()
+    )
 
 
 def layer_table(layers: pd.DataFrame) -> pd.DataFrame:
     """Norm ratio and cosine, a line a method: median and range over the layers."""
     columns = {"norm_ratio": "Norm ratio: median (range)", "cosine": "Cosine: median (range)"}
     found = layers.groupby("method", sort=False)[list(columns)].agg(
-        lambda values: f"{values.median():.2f} ({values.min():.2f} to {values.max():.2f})".replace("-", "−")
+        lambda values: f"{Interval(values.median(), values.min(), values.max(), len(values)):.2f}"
     )
     return found.reset_index().rename(columns={"method": "Method", **columns})
 
@@ -287,7 +287,9 @@ def data_notice(described: Mapping[str, dict]) -> str:
     """
     parts = []
     for name, d in described.items():
-        kind, note = ("real", f"; {d['note']}") if d["source"] == "real" else ("**synthetic stand-in**", "")
+        kind, note = (
+            ("real", f"; {html.escape(d['note'])}") if d["source"] == "real" else ("**synthetic stand-in**", "")
+        )
         parts.append(f"{title(name)}: {kind} ({d['images']['train']:,} training images{note})")
     warning = " Numbers on stand-ins show the method at work; they are not numbers of the real dataset."
     standin = any(d["source"] != "real" for d in described.values())
@@ -347,11 +349,16 @@ def save(
         rows: wide rows that intervals come from, with every seed and draw, so that anyone can check them.
     """
     profile, intervals = study.params.profile, intervals or {}
-    values = {key: found.mean for key, found in intervals.items()} | values
-    content = {"notebook": notebook, "profile": profile, "values": values, "headline": list(headline)}
-    content |= {"intervals": {key: found._asdict() for key, found in intervals.items()}}
-    content |= {"tables": {name: as_json(frame) for name, frame in tables.items()}, "provenance": study.provenance()}
-    content["claims"] = store.file_sha256(CLAIMS)  # that the run is held to
+    content = {
+        "notebook": notebook,
+        "profile": profile,
+        "values": {key: found.mean for key, found in intervals.items()} | values,
+        "headline": list(headline),
+        "intervals": {key: found._asdict() for key, found in intervals.items()},
+        "tables": {name: as_json(frame) for name, frame in tables.items()},
+        "provenance": study.provenance(),
+        "claims": store.file_sha256(CLAIMS),  # that the run is held to
+    }
     if rows is not None:
         shown = rows[["before", "after", "ensemble"]].round(3).reset_index()
         content["rows"] = json.loads(shown.to_json(orient="split", index=False))

@@ -1,0 +1,121 @@
+"""JupyterLab in a real browser: a notebook is opened, all of it runs, nothing fails, and a figure is there."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import jupytext
+import pytest
+import websocket
+
+ROOT = Path(__file__).parent.parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+QUIET += ["--disable-background-networking", "--disable-component-update", "--window-size=1200,3000"]
+TINY = "width, train_images, test_images, calibration_images, epoch_images, batch_size = 1 / 16, 120, 40, 32, 96, 32"
+RUN_ALL = """(async () => {
+  await jupyterapp.restored;
+  const panel = await jupyterapp.commands.execute("docmanager:open", {path: "%s"});
+  await panel.context.ready; await panel.sessionContext.ready;
+  await jupyterapp.commands.execute("notebook:run-all-cells");
+  return JSON.stringify(panel.content.model.toJSON().cells);
+})()"""
+FIGURES = "document.querySelectorAll('.jp-RenderedImage img').length"
+
+
+@contextmanager
+def process(command, **options):
+    """A program, until it is no longer wanted."""
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
+    try:
+        yield running
+    finally:
+        running.terminate()
+        running.wait(30)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def answer(url, running, seconds=60):
+    """What an address says, as soon as there is somebody who says something."""
+    for _ in range(10 * seconds):
+        assert running.poll() is None, f"{running.args} has ended"
+        try:
+            return urllib.request.urlopen(url, timeout=10).read()
+        except OSError:
+            time.sleep(0.1)
+    raise TimeoutError(url)
+
+
+class Page:
+    """A browser's tab, driven by the DevTools protocol."""
+
+    def __init__(self, port):
+        (tab,) = [t for t in json.loads(answer_of(port)) if t["type"] == "page"]
+        self.socket = websocket.create_connection(tab["webSocketDebuggerUrl"], timeout=400, suppress_origin=True)
+        self.sent = 0
+
+    def does(self, method, **params):
+        """The result of a method of the protocol; what happens meanwhile is passed over."""
+        self.sent += 1
+        self.socket.send(json.dumps({"id": self.sent, "method": method, "params": params}))
+        while (said := json.loads(self.socket.recv())).get("id") != self.sent:
+            pass
+        return said["result"]
+
+    def evaluate(self, program):
+        said = self.does("Runtime.evaluate", expression=program, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in said, said
+        return said["result"].get("value")
+
+    def wait_for(self, program, seconds=60):
+        for _ in range(5 * seconds):
+            if found := self.evaluate(program):
+                return found
+            time.sleep(0.2)
+        raise TimeoutError(program)
+
+
+def answer_of(port):
+    return urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=10).read()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
+def test_a_notebook_runs_in_jupyterlab_in_a_browser(tmp_path):
+    name = "01_mnist_cifar10"
+    notebook = jupytext.read(ROOT / "notebooks" / f"{name}.py")
+    (knobs,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    knobs.source += f"\nresults_dir = {str(tmp_path / 'results')!r}\n{TINY}\ndevice = 'cpu'"
+    jupytext.write(notebook, tmp_path / f"{name}.ipynb")
+    port, devtools = free_port(), free_port()
+    lab = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0"]
+    lab += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp_path}"]
+    places = {key: str(tmp_path / key) for key in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
+    environment = {**os.environ, **places, "PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
+    browser = [CHROMIUM, *QUIET, f"--remote-debugging-port={devtools}", f"--user-data-dir={tmp_path / 'profile'}"]
+    with process(lab, env=environment, cwd=ROOT) as server, process([*browser, "about:blank"]) as chromium:
+        answer(f"http://127.0.0.1:{port}/api", server)
+        answer(f"http://127.0.0.1:{devtools}/json", chromium)
+        page = Page(devtools)
+        page.does("Page.navigate", url=f"http://127.0.0.1:{port}/lab")
+        page.wait_for("Boolean(window.jupyterapp)")
+        cells = json.loads(page.evaluate(RUN_ALL % f"{name}.ipynb"))
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        assert len(code) > 10 and all(cell["execution_count"] for cell in code)
+        outputs = [output for cell in code for output in cell["outputs"]]
+        assert [output for output in outputs if output["output_type"] == "error"] == []
+        said = "".join(output["text"] for output in outputs if output["output_type"] == "stream")
+        assert said and all(line.startswith("run ") for line in said.splitlines())  # a line an epoch, no warning
+        assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
+        page.evaluate("document.querySelector('.jp-RenderedImage')?.scrollIntoView()")
+        assert page.wait_for(FIGURES) >= 1
