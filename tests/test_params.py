@@ -199,6 +199,7 @@ def test_a_row_is_held_against_networks_of_its_own_size():
         ({"parts": {"x": {"protocol": "independent", "pruned": True}}}, r"only protocol 'joint' has 'pruned'"),
         ({"parts": {"x": {"protocol": "sequential", "keys": "random"}}}, r"only protocol 'independent' or 'joint' has"),
         ({"parts": {"x": {"protocol": "joint", "quiet": -1.0}}}, r"method 'x': 'quiet' .* must be float from 0 to 1000"),
+        ({"width": 8, "merged": {"x": {"protocol": "independent", "network_width": 1 / 512}}}, r"from 0.015625 to 64, got"),
         ({"halves": ["cifar10 vgg"]}, r"'halves' names 'cifar10 vgg'; did you mean 'cifar10'"),
         ({"halves": []}, r"wants something to halve \('halves'\)"),
         ({"merged": {"keys alone": None}}, r"'keys alone' and 'disjoint keys' in 'merged'"),

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from weightsum_lib.core import models
-from weightsum_lib.study import data, measure, params, runs, store
+from weightsum_lib.study import beside, data, measure, params, runs, store, train
 from weightsum_lib.study.data import DataError
 from weightsum_lib.study.params import Method, Params, ParamsError
 
@@ -149,17 +149,20 @@ def must_work(p):
     """Networks, keys and sums of the report can be built: shapes alone, on the meta device."""
     few = {"seeds": 1, "choice_seeds": min(p.choice_seeds, 1), "ceiling_seeds": min(p.ceiling_seeds, 1)}
     study = runs.Study(replace(p, device="cpu", precision="auto", **few))
-    for config in measure.queue(study):
-        with torch.device("meta"):
-            wide = config.width * config.method.network_width
-            getattr(models, config.arch)(config.in_channels, width=wide, dropout=config.dropout)
-        if config.method.protocol == "joint" and config.method.keys != "none":
-            m = config.method
-            for block, role in enumerate(("main", "support")):
-                runs.train.key_of(config, role, m.keys, m.sum_width / m.network_width, block)
-        assert config.epoch_images // config.batch_size >= 1
     cases = [*measure._pairs(study, "mnist", "cifar10"), *measure._strangers(study, "mnist", "svhn")]
-    for what in dict.fromkeys(replace(case.what, draw=0) for case in cases):
+    for halved, row in product(p.halves, p.merged):
+        cases += [case for candidates in beside._cases(study, halved, row, 0) for case in candidates]
+    sums = dict.fromkeys(replace(case.what, draw=0) for case in cases)
+    for config in {*measure.queue(study), *(member.config for what in sums for member in what.members)}:
+        m = config.method
+        with torch.device("meta"):
+            getattr(models, config.arch)(
+                config.in_channels, width=config.width * m.network_width, dropout=config.dropout
+            )
+        for block, role in enumerate(config.roles if m.keys != "none" else ()):
+            train.key_of(config, role, m.keys, m.sum_width / m.network_width, block)
+        assert config.epoch_images // config.batch_size >= 1
+    for what in sums:
         keys = [what.key_of(i) for i in range(len(what.members))]
         assert what.keys == "none" or len({tuple(key.sizes.items()) for key in keys}) == 1
 

@@ -88,7 +88,7 @@ class Method:
     equal_norms: bool = _knob("both networks' layers are held at equal norms", _ANY, False)
     pruned: bool = _knob("all but the largest tenth of each hidden layer's weights are zero", _ANY, False)
     keys: str = _knob("a network's channels", _one_of("none", "random", "disjoint"), "none", _ALONE_OR_JOINT, _JOINT)
-    network_width: float = _knob("factor on the width of each network", _above(0, 64), 1.0, _ALONE_OR_JOINT)
+    network_width: float = _knob("factor on the width of each network", _from(1 / 64, 64), 1.0, _ALONE_OR_JOINT)
     sum_width: float = _knob("factor on the width of their sum", _above(0, 64), 1.0, _ALONE_OR_JOINT, _JOINT)
     permuted_support: float = _knob("share of the steps that meet the support network elsewhere", _SHARE, 0.0)
     permuted_main: bool = _knob("in those steps the main network lies elsewhere too", _ANY, False)
