@@ -62,6 +62,16 @@ def test_a_value_is_formatted(book):
     assert not warnings and not book.failed
 
 
+def test_html_in_a_result_is_text_and_not_a_part_of_the_page(book):
+    bad = "a <script>alert(1)</script> <b onclick='x'>b</b> | c & `<i>` &lt;u&gt;"
+    table = {"columns": ["Row", bad], "rows": [[bad, "1"], ["two", bad]]}
+    book.results.write_text(json.dumps({"values": {"name": bad}, "tables": {"t": table}}), encoding="utf-8")
+    _, html, warnings = book("Of {result}`01_x:name`.\n\n```{result-table} 01_x:t\n```")
+    assert not re.search(r"<script>alert|<b\b|<i\b|<u\b[^l]", html)
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 4 and "&lt;b onclick=" in html
+    assert not warnings and len(re.findall("<tr", html)) == 3
+
+
 def test_a_sentence_is_parsed_as_inline_markup(book):
     _, html, warnings = book("{result}`01_x:finding`")
     assert "<strong>keeps</strong>" in html

@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import tiny_params
 
-from weightsum_lib.study import measure, pool, store
+from weightsum_lib import scale
+from weightsum_lib.study import measure, pool, runs, store
 from weightsum_lib.study.measure import Case, Member
 from weightsum_lib.study.params import ParamsError
 from weightsum_lib.study.runs import Study
@@ -127,6 +128,29 @@ def test_a_worker_that_is_killed_costs_no_more_than_its_epoch(cluster, study, li
     near = study("", "near", epochs=12)
     for p, q in zip(states(far, wanted), states(near, wanted), strict=True):
         assert torch.equal(p, q)
+
+
+def test_what_workers_gain_is_measured_beside_processes(cluster, monkeypatch):
+    ways = {way: about for way, about in scale.WAYS.items() if about[1] != "local:1"}
+    monkeypatch.setattr(scale, "WAYS", ways)
+    small = {"width": 1 / 16, "train_images": 120, "test_images": 40, "calibration_images": 32, "epoch_images": 64}
+    frame = scale.gained(5, **small, epochs=1)
+    assert frame.iloc[:, 0].tolist() == list(ways) and frame["× this process"][0] == "1.00"
+    assert (frame["Overhead of a job (ms)"].astype(float) > 0).all()
+    assert 1 < scale.memory(500) < 100  # KiB; a process with torch in it has a million
+    assert not cluster.futures
+
+
+def test_the_hours_on_n_workers_lie_between_their_bounds(tiny):
+    study = Study(tiny)
+    work, chain = scale.chains(study)
+    queue = study.with_parents(measure.queue(study))
+    parents = [p for c in queue for p in study.parents(c)]
+    assert len(queue) == len(set(queue)) and set(parents) <= set(queue)
+    assert work == sum(map(runs.work, queue)) and max(map(runs.work, queue)) <= chain < work
+    frame = scale.on([1, 4, 1000], 100.0, 10.0).set_index("Workers")
+    assert frame.loc["1"].tolist() == ["100.0", "100.0", "1.0"]
+    assert frame.loc["4"].tolist() == ["25.0", "32.5", "3.1"] and frame.loc["1000"].tolist() == ["10.0", "10.1", "9.9"]
 
 
 def test_jobs_in_threads_of_one_process_are_refused(study):

@@ -2,9 +2,11 @@
 
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
@@ -15,9 +17,9 @@ from conftest import tiny_params
 
 from weightsum_lib import run
 from weightsum_lib.study import params, pool, runs, store
-from weightsum_lib.study.config import RunConfig
+from weightsum_lib.study.config import RunConfig, pick_device, pick_precision
 from weightsum_lib.study.params import Method, Params, ParamsError
-from weightsum_lib.study.runs import Study, run_content, run_key
+from weightsum_lib.study.runs import Study, run_content
 
 
 @pytest.fixture
@@ -46,6 +48,10 @@ def test_a_run_is_trained_once_and_then_read(tiny, lines):
 
 
 DIGESTS = {"mnist": "a", "cifar10": "b"}
+
+
+def run_key(*content):
+    return store.content_key(run_content(*content))
 
 
 def configs():
@@ -254,24 +260,23 @@ def test_what_goes_wrong_in_a_worker_is_said(tmp_path, monkeypatch):
     assert not list(study.results.glob("runs/*/run.json"))
 
 
-def test_who_waits_for_another_process_says_so(tmp_path, lines):
-    lock = store.lock(tmp_path / "training.lock")
-    with lock:
-        import threading
+def test_who_waits_for_another_process_says_for_whom_and_for_how_long(tmp_path):
+    path, said = tmp_path / "training.lock", []
 
-        def wait():
-            with runs._alone(tmp_path / "training.lock"):
-                pass
+    def wait():
+        with store.alone(path, said.append):
+            pass
 
-        thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait)
+    with store.alone(path):
         thread.start()
-        while thread.is_alive() and not lines():
+        while thread.is_alive() and not said:
             time.sleep(0.01)
-        assert lines() == [
-            "another process trains networks of this study; waiting until it has ended, to train what is missing then"
-        ]
+        holder = rf"another process \(process {os.getpid()}, since \d\d:\d\d:\d\d\) holds training.lock; waiting"
+        assert re.match(holder, said[0])
     thread.join(10)
-    assert not thread.is_alive()
+    assert not thread.is_alive() and re.match(r"training.lock: waited \d+ s", said[1])
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
 
 
 def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):
@@ -284,16 +289,16 @@ def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):
 def test_a_gpu_that_is_not_there_is_missed_before_training(tiny):
     with pytest.raises(ParamsError, match=r"no GPU here. Use PROFILE=quick, or DEVICE=cpu"):
         Study(Params(**{**vars(tiny), "device": "cuda"}))
-    assert runs.pick_device("auto") == torch.device("cpu")
+    assert pick_device("auto") == torch.device("cpu")
 
 
 def test_bfloat16_only_where_the_processor_has_it(monkeypatch):
     cpu = torch.device("cpu")
     for has in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx2": True, "avx512_bf16": has})
-        assert runs.pick_precision(cpu) == ("bfloat16" if has else "float32")
+        assert pick_precision(cpu) == ("bfloat16" if has else "float32")
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
-    assert runs.pick_precision(cpu) == "float32"
+    assert pick_precision(cpu) == "float32"
 
 
 def test_what_code_reads_from_a_file_of_the_package_is_in_its_digest(monkeypatch):
@@ -320,9 +325,9 @@ def test_a_precision_that_the_processor_has_not_is_refused_and_float32_is_always
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
     with pytest.raises(ParamsError, match="'bfloat16' is asked for, which this processor does not multiply"):
-        runs.pick_precision(cpu, "bfloat16")
+        pick_precision(cpu, "bfloat16")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert [runs.pick_precision(cpu, wanted) for wanted in ("bfloat16", "float32")] == ["bfloat16", "float32"]
+    assert [pick_precision(cpu, wanted) for wanted in ("bfloat16", "float32")] == ["bfloat16", "float32"]
 
 
 def test_nothing_is_trained_before_the_claims_are_committed_and_a_plan_trains_nothing(

@@ -57,7 +57,11 @@ def test_no_test_image_is_a_train_image(name):
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(("imagenet", 5, "train"), "imagenet.*mnist"), (("mnist", 5, "val"), "val.*test"), (("mnist", 0, "train"), "0")],
+    [
+        (("imagenet", 5, "train"), "mnist.*imagenet"),
+        (("mnist", 5, "val"), "test.*val"),
+        (("mnist", 0, "train"), "1 image.* 0"),
+    ],
 )
 def test_errors_say_what_came_and_what_was_expected(arguments, told):
     with pytest.raises(ValueError, match=told):

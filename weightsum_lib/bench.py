@@ -20,7 +20,8 @@ from weightsum_lib import run
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.report import plots
 from weightsum_lib.report.tables import Interval, as_json, span
-from weightsum_lib.study import data, params, runs, store, train
+from weightsum_lib.study import data, params, store, train
+from weightsum_lib.study.config import pick_device, pick_precision
 from weightsum_lib.study.train import RunConfig
 
 _SECONDS = 25.0  # in about which the ways of a setting are timed, three times at least
@@ -244,11 +245,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.bench", description=__doc__)
     parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
     try:
-        device = runs.pick_device(parser.parse_args(argv).device or "auto")
+        device = pick_device(parser.parse_args(argv).device or "auto")
     except params.ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    method, precision = params.Method(protocol="joint", third="ce"), runs.pick_precision(device)
+    method, precision = params.Method(protocol="joint", third="ce"), pick_precision(device)
     config = RunConfig(method, "mnist", "cifar10", arch="vgg16", learning_rate=1e-3, precision=precision)
     widths = (0.25, 1.0) if device.type == "cuda" else (0.25,)  # a CPU is busy for minutes with the full width
     settings = [replace(config, width=width, batch_size=size) for width in widths for size in (128, 512)]

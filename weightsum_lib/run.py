@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,19 +38,18 @@ def notebook_names() -> list[str]:
 def check(p: Params) -> None:
     """Get the device and the datasets before any notebook runs, or find out that they can't be had.
 
-    A notebook then downloads nothing: what the runner could not get, a stand-in has to do for.
+    What it could not download a notebook doesn't try again: a stand-in has to do.
 
     Raises:
         ParamsError: its device is not there.
         DataError: one of its datasets is neither there nor allowed a stand-in, or is damaged.
     """
-    from weightsum_lib.study import data, runs  # slow to load, as all that computes
+    from weightsum_lib.study import config, data  # slow to load, as all that computes
 
-    runs.pick_device(p.device)
+    config.pick_device(p.device)
     for name in params.DATASETS:
         folder = str(Path(p.results_dir) / "standins")
         data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, folder)
-    os.environ[data.NO_DOWNLOAD] = "1"
 
 
 @functools.lru_cache
@@ -202,28 +201,27 @@ def own_kernel() -> None:
         raise RunError(f"no kernel at {spec}; install ipykernel into this environment: `make setup`")
 
 
-def _is_edited(name: str) -> bool:
-    """Whether the .ipynb that JupyterLab or VS Code works on has other cells than the .py, which is what runs."""
-    path = NOTEBOOKS / f"{name}.ipynb"
-    if not path.is_file():
-        return False
+def _cells(path: Path) -> list | None:
+    """The cells of a notebook of either form; None where it can't be read."""
     import jupytext
 
-    try:
-        cells = [(cell.cell_type, cell.source.strip()) for cell in jupytext.read(path).cells]
-    except ValueError:  # no notebook
-        return True
-    return cells != [
-        (cell.cell_type, cell.source.strip()) for cell in jupytext.reads(_source(name), "py:percent").cells
-    ]
+    with contextlib.suppress(ValueError):
+        return [(cell.cell_type, cell.source.strip()) for cell in jupytext.read(path).cells]
+    return None
+
+
+def _differing(names: Sequence[str]) -> list[list[Path]]:
+    """The .py and the .ipynb, the older one first, of those notebooks whose cells were edited in one of them alone."""
+    pairs = [[NOTEBOOKS / f"{name}.{suffix}" for suffix in ("py", "ipynb")] for name in names]
+    there = [pair for pair in pairs if pair[1].is_file() and _cells(pair[0]) != _cells(pair[1])]
+    return [sorted(pair, key=os.path.getmtime) for pair in there]
 
 
 def pair() -> None:
-    """Before JupyterLab makes each .ipynb and its .py the same, keep the older one where they differ."""
-    for name in filter(_is_edited, notebook_names()):
-        older = min((NOTEBOOKS / f"{name}.{suffix}" for suffix in ("py", "ipynb")), key=os.path.getmtime)
+    """Before JupyterLab makes each .ipynb and its .py the same by the younger one, keep the older where they differ."""
+    for older, younger in _differing(notebook_names()):
         kept = shutil.copy2(older, older.with_name(f"{older.name}.bak"))
-        print(f"{name}: the .py and the .ipynb differ; the younger one counts, the other is kept as {kept}")
+        print(f"{older.name} differs from {younger.name}, which is younger and counts; kept as {kept}")
 
 
 def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False) -> bool:
@@ -241,11 +239,11 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
     names = [name for name in notebook_names() if name.startswith(begins)]
     if not names:
         raise RunError(f"no notebook begins with '{begins}'; there are {', '.join(notebook_names())}")
-    for name in filter(_is_edited, names):
-        pair, both = NOTEBOOKS / f"{name}.ipynb", f"notebooks/{name}.ipynb and .py differ, and the .py is what runs"
-        if pair.stat().st_mtime > (NOTEBOOKS / f"{name}.py").stat().st_mtime:
-            raise RunError(f"{both}. Keep the edit (jupytext --sync {pair}) or delete the .ipynb")
-        print(both)
+    for older, younger in _differing(names):
+        if younger.suffix == ".ipynb":
+            what = f"{younger} has other cells than its .py, which is what runs"
+            raise RunError(f"{what}. Keep the edit (jupytext --sync {younger}) or delete that file")
+        print(f"{older} has other cells than its .py, which is younger and runs")
     own_kernel()
     store.sweep(folder.parent)
     for name in names if again else ():
@@ -291,14 +289,13 @@ def publish(p: Params, folder: Path) -> None:
     """
     from weightsum_lib.report import page
 
-    stale = [name for name in notebook_names() if not _is_fresh(name, p, folder)]
-    if stale:
+    if stale := [name for name in notebook_names() if not _is_fresh(name, p, folder)]:
         why = "failed, or is not of this code and these parameters; run it again"
         raise RunError(f"{', '.join(stale)} in {folder} {why}")
-    results = [path for path in _all_made(folder) if path.suffix == ".json"]
-    if [path for path in results if store.read_json(path)["claims"] != store.file_sha256(params.CLAIMS)]:
+    results = [store.read_json(path) for path in _all_made(folder) if path.suffix == ".json"]
+    if {result["claims"] for result in results} != {store.file_sha256(params.CLAIMS)}:
         raise RunError("params/claims.yaml was changed after the run that it is held to; run it again")
-    commits = {store.read_json(path)["provenance"]["commit"] for path in results}
+    commits = {result["provenance"]["commit"] for result in results}
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
     page.publish([*_all_made(folder), *bench_files(folder)], folder, PUBLISHED, ROOT / "README.md")
@@ -387,12 +384,6 @@ def build_book(folder: Path) -> Path:
     return first
 
 
-def _number(text: str) -> int:
-    if text and not text.isdigit():
-        raise ParamsError(f"SEEDS must be a number of seeds such as 3, got '{text}'")
-    return int(text or 0)
-
-
 def main(argv: list[str] | None = None) -> int:
     """The command line: ``python -m weightsum_lib.run {plan,train,notebooks,book,all,publish,lab} --profile quick``."""
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.run", description=__doc__)
@@ -412,13 +403,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         folder = PUBLISHED
         if given.profile != "published":
+            seeds = int(given.seeds) if given.seeds.isdecimal() else given.seeds
             # not every shell expands DATA_DIR=~/…
-            knobs = {
-                "data_dir": os.path.expanduser(given.data_dir),
-                "device": given.device,
-                "seeds": _number(given.seeds),
-            }
-            p = params.read(given.profile, {name: value for name, value in knobs.items() if value})
+            knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": seeds}
+            p = params.read(given.profile, {name: value for name, value in knobs.items() if value != ""})
             folder = Path(p.results_dir) / p.profile
         if given.step in ("plan", "train"):
             train(p, only_plan=given.step == "plan")
@@ -435,8 +423,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # a full disk, a folder that is only read
-        where = "" if isinstance(error, store.StoreError) else f"{error.filename}: "
-        print(f"error: {where}{error.strerror or error}; what is finished is kept", file=sys.stderr)
+        known = isinstance(error, store.StoreError)
+        print(f"error: {error if known else f'{error.filename}: {error.strerror}'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished epoch of each network", file=sys.stderr)

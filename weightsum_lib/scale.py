@@ -13,6 +13,7 @@ import psutil
 
 from weightsum_lib.report import tables
 from weightsum_lib.study import measure, params, pool, runs, store
+from weightsum_lib.study.config import pick_device
 
 WAYS = {  # where jobs are done: how many at once, and the address of a cluster
     "this process": (1, ""),
@@ -47,9 +48,9 @@ def gained(jobs: int, **smaller) -> pd.DataFrame:
     rows, nothing = [], functools.partial(time.sleep, 1e-3)
     for way, (slots, address) in WAYS.items():
         with tempfile.TemporaryDirectory() as folder, pool.opened(slots, address) as workers:
-            [*workers.each(range(20), lambda i: pool.Job(f"first {i}", nothing))]  # they start
+            [*workers.each(range(20), lambda i: (f"first {i}", nothing, 0))]  # they start
             started = time.perf_counter()
-            [*workers.each(range(jobs), lambda i: pool.Job(f"nothing {i}", nothing))]
+            [*workers.each(range(jobs), lambda i: (f"nothing {i}", nothing, 0))]
             milliseconds = 1e3 * (time.perf_counter() - started) / jobs
             study = runs.Study(params.read("smoke", {"results_dir": folder, "networks_at_once": slots, **smaller}))
             study.cluster, started = address, time.perf_counter()
@@ -73,7 +74,7 @@ def memory(queued: int) -> float:
         before, out = rss().rss, []
         for seed in range(queued):
             call = functools.partial(runs._train_run, study, replace(one, seed=seed), same, print, "", {})
-            out.append(workers.submit(pool.Job(f"queued {seed}", call)))
+            out.append(workers.submit(f"queued {seed}", call, 0))
         workers.everywhere(time.time)  # after them all
         taken = rss().rss - before
         for future in out:
@@ -117,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.scale", description=__doc__)
     parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
     try:
-        content = cluster(runs.pick_device(parser.parse_args(argv).device or "auto").type)
+        content = cluster(pick_device(parser.parse_args(argv).device or "auto").type)
     except params.ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -58,6 +58,14 @@ def _nearest(key: str, known) -> str:
     return f"the nearest is '{near[0]}'" if near else "there are none"
 
 
+def _as_text(inline):
+    """Parsed inline markup in which HTML is what it says: a name in a result may be anybody's."""
+    box = nodes.inline("", "", *inline)
+    for raw in list(box.findall(nodes.raw)):
+        raw.parent.replace(raw, nodes.Text(raw.astext()))
+    return box.children
+
+
 def _with_minus(number: str) -> str:
     return "−" + number[1:] if number.startswith("-") else number
 
@@ -77,7 +85,8 @@ class Result(SphinxRole):
             return [nodes.inline("", f"missing: {self.text}", classes=["missing-result"])], []
         if not isinstance(value, str):
             return [nodes.Text(_with_minus(text))], []
-        return self.inliner.parse(text, self.lineno, self.inliner, self.inliner.parent)
+        inline, messages = self.inliner.parse(text, self.lineno, self.inliner, self.inliner.parent)
+        return _as_text(inline), messages
 
 
 class ResultTable(SphinxDirective):
@@ -111,7 +120,7 @@ class ResultTable(SphinxDirective):
         row = nodes.row()
         for cell, number in zip(cells, numeric, strict=True):
             inline = self.state.inline_text(_with_minus(cell) if number else cell, self.lineno)[0]
-            row += nodes.entry("", nodes.paragraph("", "", *inline), classes=["number" if number else "text"])
+            row += nodes.entry("", nodes.paragraph("", "", *_as_text(inline)), classes=["number" if number else "text"])
         return row
 
 

@@ -3,6 +3,7 @@
 A *summary* is a DataFrame with a row a method (and policy, and tested task) whose cells are :class:`Interval`.
 """
 
+import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from scipy import special, stats
 from weightsum_lib.study import store
 from weightsum_lib.study.params import CLAIMS, DATASETS, Method, slug
 
+pd.set_option("styler.format.escape", "html")  # a row may be called anything
 # role of a network where a task is tested; "before" and "other" follow from what is tested
 _ROLES = {"sum": "after", "merged": "after", "ceiling": "after", "renamed": "renamed", "ensemble": "ensemble"}
 _OF_SUM = ["policy", "share", "narrow", "draw"]  # levels in which a sum differs from what it is compared with
@@ -285,7 +287,9 @@ def data_notice(described: Mapping[str, dict]) -> str:
     """
     parts = []
     for name, d in described.items():
-        kind, note = ("real", f"; {d['note']}") if d["source"] == "real" else ("**synthetic stand-in**", "")
+        kind, note = (
+            ("real", f"; {html.escape(d['note'])}") if d["source"] == "real" else ("**synthetic stand-in**", "")
+        )
         parts.append(f"{title(name)}: {kind} ({d['images']['train']:,} training images{note})")
     warning = " Numbers on stand-ins show the method at work; they are not numbers of the real dataset."
     standin = any(d["source"] != "real" for d in described.values())

@@ -11,7 +11,7 @@ from torch import nn
 from weightsum_lib.core import models
 from weightsum_lib.core.channels import hidden_channels
 from weightsum_lib.core.keys import Channels, Key, deal, draw
-from weightsum_lib.study.params import Method
+from weightsum_lib.study.params import Method, ParamsError
 
 _TRACED = 1 / 8  # width of the network in which an architecture's channels are looked for
 
@@ -83,6 +83,34 @@ class RunConfig:
             owner = "shared start"
         text = f"{self.seed}/{owner}/{purpose}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a profile: "auto" is CUDA where there is one.
+
+    Raises:
+        ParamsError: CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ParamsError(
+            "device 'cuda' is asked for, but torch sees no GPU here. Use PROFILE=quick, or DEVICE=cpu to insist"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def pick_precision(device: torch.device, wanted: str = "auto") -> str:
+    """ "bfloat16" where the hardware multiplies it natively, else "float32".
+
+    Raises:
+        ParamsError: bfloat16 is ``wanted`` and the hardware does not multiply it.
+    """
+    if wanted == "float32":
+        return wanted
+    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
+    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu
+    if wanted == "bfloat16" and not has:
+        raise ParamsError("precision 'bfloat16' is asked for, which this processor does not multiply; say 'auto'")
+    return "bfloat16" if has else "float32"
 
 
 def build(config: RunConfig, role: str = "main") -> nn.Module:

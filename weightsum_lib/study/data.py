@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -27,13 +28,15 @@ from weightsum_lib.study.synthetic import synthesize
 _SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
 _OFFICIAL = {"mnist": [60_000, 10_000], "cifar10": [50_000, 10_000], "svhn": [73_257, 26_032]}  # training, test images
 _EXACT = "official, exact"
-_KNOWN = {  # SHA-256 of the images and labels of a prepared file (see _content), and what a report says of them
-    "1e35582d42a90940c55b956deb61875c020b567ed20e3c5b174f52bf7809ed9b": _EXACT,
-    "1f7d9c3b043b39e02a02d806449c245584a1ca8a21337060d4653d7bf24874ee": "official, 139 of 60,000 images lossy",
-    "47d9c765f128ca6821e69a248d0f71f4a11ee8d03161c7cd9f6b72a6b203cbff": "cut again from the full-number images",
+_KNOWN = {  # half the SHA-256 of images and labels (see _content): whose they are, and what a report says of them
+    "1e35582d42a90940c55b956deb61875c": ("mnist", _EXACT),
+    "1f7d9c3b043b39e02a02d806449c2455": ("cifar10", "official, 139 of 60,000 images lossy"),
+    "47d9c765f128ca6821e69a248d0f71f4": ("svhn", "cut again from the full-number images"),
 }
+_LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _TENSORS = [f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("images", "labels")]
-NO_DOWNLOAD = "WEIGHTSUM_NO_DOWNLOAD"  # set by the runner, which has tried
+_PATIENCE = 900.0  # seconds for the download of a set
+_FAILED = "WEIGHTSUM_NO_DOWNLOAD_"  # and a set's name: why its download failed, for the processes of the same run
 
 
 class DataError(RuntimeError):
@@ -104,13 +107,12 @@ def load(
         tensors, checksum, note = _read_prepared(name, path)
     elif name in allow_standin:
         tensors = _standin(name, *map(min, (train_images, test_images), _OFFICIAL[name]), Path(standin_dir))
-        source, checksum = "stand-in", _content(tensors)
-        # without the words of the error, which are others each time
-        note = "synthetic, since " + ("there is no file and the download failed" if data_dir else missing)
+        source, checksum, note = "stand-in", _content(tensors), f"synthetic, since {missing}"
     else:
         raise DataError(
             f"no {DATASETS[name]}: {missing}. Put a prepared {name}.safetensors (see the README, “Data”) into the "
-            f"folder DATA_DIR, or allow the synthetic stand-in with allow_standin: [{name}] in the parameter file"
+            f"folder DATA_DIR ({data_dir or 'none'}), or allow the synthetic stand-in with allow_standin: [{name}] in "
+            "the parameter file"
         )
     taken = _shuffled(tensors["train_labels"])[:train_images]
     val, train = taken.tensor_split([len(taken) // 10])
@@ -162,22 +164,23 @@ def _read_prepared(name: str, path: Path) -> tuple[dict[str, Tensor], str, str]:
         raise refused(f"is damaged, half written or can't be read: {error}") from error
     if checksum not in stated[:1]:
         raise refused(f"is damaged: its SHA-256 is {checksum}, {sidecar.name} says {(stated or ['nothing'])[0]}")
-    shape, official = _SHAPES[name], _OFFICIAL[name]
-    for images, labels in (("train_images", "train_labels"), ("test_images", "test_labels")):
+    for images, labels in (_TENSORS[:2], _TENSORS[4:]):
         x, y = tensors.get(images), tensors.get(labels)
         if x is None or y is None:
             raise refused(f"has no tensor '{images if x is None else labels}', only {sorted(tensors)}")
-        if x.dtype != torch.uint8 or x.shape[1:] != shape or y.shape != x.shape[:1]:
+        if x.dtype != torch.uint8 or x.shape[1:] != _SHAPES[name] or y.shape != x.shape[:1]:
             got = f"{x.dtype} {tuple(x.shape)} and {tuple(y.shape)}"
-            raise refused(f"is of another form: {images} must be uint8 {('N', *shape)} with {labels} (N,); got {got}")
-        if len(y) < 20 or y.is_floating_point() or y.is_complex() or not set(y.tolist()) <= set(range(10)):
-            raise refused(f"is of another form: {labels} must be 20 or more integers from 0 to 9")
-    content, counts = _content(tensors), [len(tensors["train_labels"]), len(tensors["test_labels"])]
-    if name == "mnist" and counts == official and content not in _KNOWN:
-        raise refused("is damaged: of official size, but its images and labels are not MNIST's")
-    note = _KNOWN.get(content) or written.get("note", "not compared with official checksums")
-    if counts != official:
-        note = f"{counts[0]:,} of {official[0]:,} training and {counts[1]:,} of {official[1]:,} test images, {note}"
+            raise refused(f"has another form: {images} must be uint8 {('N', *_SHAPES[name])}, {labels} (N,); got {got}")
+        if len(y) < 20 or y.dtype not in _LABELS or not set(y.tolist()) <= set(range(10)):
+            raise refused(f"has another form: {labels} must be 20 or more integers from 0 to 9")
+    counts, known = [len(tensors["train_labels"]), len(tensors["test_labels"])], _KNOWN.get(_content(tensors)[:32])
+    note = _EXACT if written.get("note") == _EXACT else "not compared with official checksums"
+    whose, note = known or (written.get("name", name), note)
+    if whose != name or (name == "mnist" and counts == _OFFICIAL[name] and not known):
+        raise refused(f"is damaged or another set's: its images and labels are not {DATASETS[name]}'s")
+    if counts != _OFFICIAL[name]:
+        parts = zip(counts, _OFFICIAL[name], ("training", "test images"), strict=True)
+        note = " and ".join(f"{n:,} of {most:,} {part}" for n, most, part in parts) + f", {note}"
     if not sidecar.exists():
         with contextlib.suppress(OSError), store.replaced(sidecar) as temporary:  # not in a folder that is only read
             temporary.write_text(f"{checksum}  {path.name}\n", encoding="utf-8")
@@ -185,25 +188,32 @@ def _read_prepared(name: str, path: Path) -> tuple[dict[str, Tensor], str, str]:
 
 
 def _missing(name: str, path: Path) -> str:
-    """Why a prepared file is not there; empty if it is, downloaded (torchvision verifies checksums) if need be."""
+    """Why a prepared file is not there; empty if it is, downloaded (torchvision verifies checksums) if need be.
+
+    A download that failed is not tried again in this process or in those that it starts.
+    """
+    variable, timeout = f"{_FAILED}{name.upper()}", socket.getdefaulttimeout()
     if path.exists():
         return ""
-    if os.environ.get(NO_DOWNLOAD):
-        return f"{path} does not exist and a download has failed before"
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds without an answer
-    try:
-        with store.lock(path.with_suffix(".lock")):
-            if not path.exists():
+    if variable not in os.environ:
+        print(f"downloading {DATASETS[name]}, once, into {path.parent}", file=sys.stderr)
+        socket.setdefaulttimeout(20)  # seconds without an answer
+        try:
+            with store.lock(path.with_suffix(".lock")):
+                if path.exists():
+                    return ""
+                with ThreadPool(1) as pool:  # whose thread is left behind if it takes too long
+                    tensors = pool.apply_async(official, (name, path.parent / "raw")).get(_PATIENCE)
                 with store.replaced(path) as temporary:
-                    save_file(official(name, path.parent / "raw"), temporary, {"note": _EXACT})
-    except Exception as error:  # of any kind: no network, a cut archive, a broken pickle, an HTML page in its place
-        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        print(f"{DATASETS[name]} could not be downloaded ({what})", file=sys.stderr)
-        return f"{path} does not exist and the download failed ({what})"
-    finally:
-        socket.setdefaulttimeout(timeout)
-    return ""
+                    save_file(tensors, temporary, {"note": _EXACT, "name": name})
+                return ""
+        except Exception as error:  # of any kind: no network, a cut archive, a broken pickle, an HTML page in its place
+            os.environ[variable] = type(error).__name__
+            said = " ".join(str(error).split())[:300] or f"not all of it came in {_PATIENCE:g} s"
+            print(f"{DATASETS[name]} could not be downloaded: {os.environ[variable]}: {said}", file=sys.stderr)
+        finally:
+            socket.setdefaulttimeout(timeout)
+    return f"there is no file and the download failed ({os.environ[variable]})"
 
 
 def official(name: str, root: Path) -> dict[str, Tensor]:
@@ -214,6 +224,8 @@ def official(name: str, root: Path) -> dict[str, Tensor]:
     """
     from torchvision import datasets  # slow to import, and seldom needed
 
+    for extracted in Path(root).glob("MNIST/raw/*-ubyte"):
+        extracted.unlink()  # of archives that have checksums, but is never compared with any itself
     reader, tensors = getattr(datasets, name.upper()), {}
     for part in ("train", "test"):
         raw = reader(root, part if name == "svhn" else part == "train", download=True)

@@ -11,41 +11,37 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
-from scipy.interpolate import CubicSpline
-from scipy.linalg import block_diag
+from scipy.interpolate import CubicSpline, make_interp_spline
 
 DATA = json.loads(Path(__file__).with_name("strokes.json").read_text(encoding="utf-8"))  # which says what it holds
 _DENSE = 96  # pen positions a digit
 
 
-@lru_cache
-def _variant(digit: int, variant: int, smooth: bool = True) -> tuple[np.ndarray, np.ndarray]:
-    """Control points (K, 2) of a skeleton, x before y, and the matrix (_DENSE, K) that takes them to pen positions."""
-    strokes = [stroke.strip() for stroke in DATA["strokes"][digit][variant].split("|")]
-    points = [np.array([(int(p[:2]), int(p[2:])) for p in s.rstrip("~").split()]) / 100 for s in strokes]
-    knots = [np.concatenate([[0], np.linalg.norm(np.diff(p, axis=0), axis=1).cumsum()]) for p in points]
-    ends = np.cumsum([0] + [along[-1] for along in knots])
-    counts, blocks = np.diff(np.round(ends / ends[-1] * _DENSE).astype(int)), []
-    for stroke, p, along, count in zip(strokes, points, knots, counts, strict=True):
-        at, unit = np.linspace(0, along[-1], count), np.eye(len(p))
-        if stroke.endswith("~") and smooth:
-            closed = np.array_equal(p[0], p[-1])
-            unit[-1] = unit[0] if closed else unit[-1]
-            blocks.append(CubicSpline(along, unit, bc_type="periodic" if closed else "natural")(at))
-        else:
-            blocks.append(np.stack([np.interp(at, along, basis) for basis in unit.T], 1))
-    return np.concatenate(points), block_diag(*blocks)
+def _written(rng: np.random.Generator, way: str, n: int, jitter: float, smooth: bool) -> np.ndarray:
+    """Pen positions (n, _DENSE, 2), x before y, of one way of writing a digit, its control points moved a little."""
+    strokes = way.split("|")
+    points = [np.array([(int(p[:2]), int(p[2:])) for p in s.replace("~", "").split()]) / 100 for s in strokes]
+    lengths = [np.concatenate([[0], np.linalg.norm(np.diff(p, axis=0), axis=1).cumsum()]) for p in points]
+    ends = np.cumsum([0] + [along[-1] for along in lengths])
+    counts, nominal = np.diff(np.round(ends / ends[-1] * _DENSE).astype(int)), np.concatenate(points)
+    moved = nominal + rng.normal(0, jitter, (n, *nominal.shape))
+    moved, pen = np.split(moved, np.cumsum([len(p) for p in points[:-1]]), axis=1), []
+    for stroke, p, along, count, at in zip(strokes, points, lengths, counts, moved, strict=True):
+        line, closed = make_interp_spline(along, at, k=1, axis=1), np.array_equal(p[0], p[-1])
+        if smooth and "~" in stroke:
+            at[:, -1] = at[:, 0] if closed else at[:, -1]
+            line = CubicSpline(along, at, axis=1, bc_type="periodic" if closed else "natural")
+        pen.append(line(np.linspace(0, along[-1], count)))
+    return np.concatenate(pen, 1)
 
 
 def _pen(rng: np.random.Generator, digits: np.ndarray, wobble: float, smooth: bool = True) -> np.ndarray:
     """Pen positions (n, _DENSE, 2) of handwritten digits, heights about 1; `wobble` (in heights) distorts smoothly."""
-    pen = np.empty((len(digits), _DENSE, 2))
-    choice = rng.random(len(digits))
-    for digit, variants in enumerate(DATA["strokes"]):
-        for v in range(len(variants)):
-            rows = np.flatnonzero((digits == digit) & ((choice * len(variants)).astype(int) == v))
-            points, matrix = _variant(digit, v, smooth)
-            pen[rows] = matrix @ (points + rng.normal(0, wobble / 4, (len(rows), *points.shape)))
+    pen, choice = np.empty((len(digits), _DENSE, 2)), rng.random(len(digits))
+    for digit, ways in enumerate(DATA["strokes"]):
+        for number, way in enumerate(ways):
+            if len(rows := np.flatnonzero((digits == digit) & ((choice * len(ways)).astype(int) == number))):
+                pen[rows] = _written(rng, way, len(rows), wobble / 4, smooth)
     waves = rng.normal(0, 4.0, (len(digits), 2, 3))
     phase = rng.uniform(0, 2 * np.pi, (len(digits), 1, 3))
     return pen + wobble * np.sin(pen @ waves + phase) @ rng.normal(0, 0.8, (len(digits), 3, 2))

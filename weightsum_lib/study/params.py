@@ -5,10 +5,12 @@ A profile's file gives every knob of :class:`Params`. Its rows are recipes by na
 """
 
 import ast
+import contextlib
 import difflib
 import os
 import re
 import reprlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,8 +28,7 @@ _OF_ROWS = ("rows", "parts", "merged")  # knobs that hold a recipe for each labe
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 CLAIMS = PARAMS_DIR / "claims.yaml"
 _TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
-_SHORT = reprlib.Repr()  # a refused value may be of any size
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 60, 60
+_LABEL = re.compile(r"[^\W_](?:[\w ,.+/×=()-]{0,62}[\w.+)])?")
 
 
 class ParamsError(ValueError):
@@ -46,8 +47,12 @@ def _one_of(*names):
     return names.__contains__, " or ".join(map(repr, names))
 
 
+def _is_folder(folder: str) -> bool:
+    return folder.isprintable() and len(folder.encode()) < 256 and not folder.startswith("~")
+
+
 def _is_inside(folder: str) -> bool:
-    return folder.isprintable() and os.path.normpath(folder).split(os.sep)[0] not in (".", "..", "~")
+    return _is_folder(folder) and os.path.normpath(folder).split(os.sep)[0] not in (".", "..")
 
 
 _ALL, _ALONE_OR_JOINT, _JOINT = ("independent", "sequential", "joint"), ("independent", "joint"), ("joint",)
@@ -131,7 +136,7 @@ class Params:
     merged: dict = _knob("label: recipe of each row whose networks the page beside others merges")
     halves: list = _knob("what that page halves: datasets, their classes 0-4 and 5-9, or such with ' resnet20' behind")
     allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
-    data_dir: str = _knob("folder of the prepared datasets; empty: no files", (str.isprintable, "printable text"))
+    data_dir: str = _knob("folder of the prepared datasets; empty: none", (_is_folder, "a path without ~, not long"))
     results_dir: str = _knob("folder of the results", (_is_inside, "a folder in the repository, or an absolute path"))
     device: str = _knob("where to compute", _one_of("auto", "cpu", "cuda"))
     precision: str = _knob("of the forward pass; auto: the processor's", _one_of("auto", "float32", "bfloat16"))
@@ -178,30 +183,32 @@ def _nearest(key, known) -> str:
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
 
-def _number(value):
-    """The float that a whole number or a text such as "1/16" or "5e-4" stands for; what is none comes back."""
-    try:
-        top, slash, bottom = str(value).partition("/")
-        return float(top) / float(bottom) if slash else float(top)
-    except (ValueError, ZeroDivisionError):
-        return value
+def _meant(kind: type, value):
+    """What a text such as "3", "5e-4", "1/16" or "true" says, as the type of a knob; else the value as it is."""
+    with contextlib.suppress(ValueError, ArithmeticError):
+        if kind is float and type(value) in (int, str):
+            top, _, bottom = str(value).partition("/")
+            return float(top) / float(bottom or 1)
+        if kind is int and type(value) is str and value.removeprefix("+") == str(int(value)):  # not 010, 1_000
+            return int(value)
+        if kind is bool and value in ("true", "false"):
+            return value == "true"
+    return value
 
 
 def _make(cls, values: Mapping, where: str):
     """Build a dataclass of knobs from values, or raise ParamsError naming the key, ``where``, and what was expected."""
     known, made = {f.name: f for f in fields(cls)}, {}
-    if unknown := [key for key in values if key not in known]:
-        raise ParamsError(f"{where}: unknown parameter '{str(unknown[0])[:60]}'; {_nearest(unknown[0], known)}")
+    for key in values:
+        if key not in known:
+            raise ParamsError(f"{where}: unknown parameter '{str(key)[:60]}'; {_nearest(key, known)}")
     for name, knob in known.items():
-        value, (check, expected) = values.get(name, knob.default), knob.metadata["rule"]
-        if value is MISSING:
-            raise ParamsError(f"{where}: '{name}' is missing ({knob.metadata['help']})")
-        made[name] = _number(value) if knob.type is float and type(value) in (int, str) else value
-        got = _SHORT.repr(value)
-        if of_other_type := type(made[name]) is not knob.type:
-            expected, got = knob.type.__name__, f"{got} ({type(value).__name__})"
-        if of_other_type or not check(made[name]):
-            raise ParamsError(f"{where}: '{name}' ({knob.metadata['help']}) must be {expected}, got {got}")
+        check, expected = knob.metadata["rule"]
+        made[name] = value = _meant(knob.type, values.get(name, knob.default))
+        if type(value) is not knob.type or not check(value):
+            got = "nothing" if value is MISSING else f"{reprlib.repr(value)} ({type(value).__name__})"
+            needed = f"{knob.type.__name__} {expected}".rstrip()
+            raise ParamsError(f"{where}: '{name}' ({knob.metadata['help']}) must be {needed}, got {got}")
     return cls(**made)
 
 
@@ -214,12 +221,12 @@ def _row(label, said, recipes: Mapping, where: str) -> Method:
         recipes: by label.
         where: what to call the source in an error.
     """
-    if type(label) is not str or not 0 < len(label) <= 80 or not label.isprintable() or set(label) & set("|<>`\\"):
-        raise ParamsError(f"{where}: a label is short text without | < > ` \\ or control, not {_SHORT.repr(label)}")
+    if type(label) is not str or not _LABEL.fullmatch(label):
+        raise ParamsError(f"{where}: a label is up to 64 letters, digits, spaces, ,.+/×=()- not {reprlib.repr(label)}")
     where, known = f"{where}: method '{label}'", isinstance(recipes.get(label), Mapping)
-    switches = {"seeds": said} if type(said) is int else {} if said is None else said
+    switches = {"seeds": said} if type(said) in (int, str) else {} if said is None else said
     if not isinstance(switches, Mapping):
-        raise ParamsError(f"{where} must be empty, a number of seeds, or switches, got {_SHORT.repr(said)}")
+        raise ParamsError(f"{where} must be empty, a number of seeds, or switches, got {reprlib.repr(said)}")
     if not known and "protocol" not in switches:
         raise ParamsError(f"{where}: no 'protocol', and no recipe of that name; {_nearest(label, recipes)}")
     own = _make(Method, switches if "protocol" in switches else {**recipes[label], **switches}, where)
@@ -232,54 +239,49 @@ def _row(label, said, recipes: Mapping, where: str) -> Method:
 
 def _against_method(p: Params, label: str) -> Iterator[str]:
     """Why a row can't be trained in this profile, or not be judged."""
-    m, size = p.method(label), p.width * p.method(label).network_width
+    m = p.method(label)
+    network, total, disjoint = 64 * p.width * m.network_width, 64 * p.width * m.sum_width, m.keys == "disjoint"
     for knob in fields(m):
         if m.protocol not in (having := knob.metadata["having"]) and getattr(m, knob.name) != knob.default:
             yield f"only protocol {_one_of(*having)[1]} has '{knob.name}', not '{m.protocol}'"
-    if m.keys == "none" and m.network_width != m.sum_width:
-        yield "without 'keys' the sum is as wide as its networks: 'network_width' and 'sum_width' are equal"
-    if m.keys != "none" and not 1 <= int(64 * size) < int(64 * p.width * m.sum_width):
-        yield f"keys want a 'network_width' below the 'sum_width' ({m.sum_width:g}), in whole channels of 64 × width"
-    if m.keys == "disjoint" and (m.network_width > m.sum_width / 2 or m.permuted_support):
-        yield "disjoint keys want room for two networks in the 'sum_width', and no 'permuted_support'"
-    if m.owner_statistics and m.keys != "disjoint":
-        yield "'owner_statistics' wants disjoint keys: else a channel has no one owner"
-    if m.symmetric_to != "both" and not m.symmetric:
-        yield "'symmetric_to' wants 'symmetric: true'"
-    if m.permuted_main and not m.permuted_support:
-        yield "'permuted_main' wants a 'permuted_support'"
-    if m.quiet_also != "nothing" and not m.quiet:
-        yield "'quiet_also' wants a 'quiet'"
-    if not (size >= 1 / 64 and p.width * m.sum_width <= 16):
-        yield f"with 'width' {p.width:g} the widths are out of bounds: each network's ≥ 1/64, the sum's ≤ 16"
-    if not p.twin(label):
-        yield f"no row of networks with 'network_width' {m.network_width:g} is trained alone, to compare it with"
+    rules = {
+        "with 'width' the widths are out of bounds: a network's ≥ 1/64, the sum's ≤ 16": network < 1 or total > 1024,
+        "without 'keys' 'network_width' and 'sum_width' are equal": m.keys == "none" and network != total,
+        "keys want fewer channels in a network than in the sum": m.keys != "none" and int(network) >= int(total),
+        "disjoint keys want room for two networks in the 'sum_width'": disjoint and 2 * network > total,
+        "disjoint keys have no 'permuted_support'": disjoint and m.permuted_support,
+        "'owner_statistics' wants disjoint keys: one owner a channel": m.owner_statistics and not disjoint,
+        "'symmetric_to' wants 'symmetric: true'": m.symmetric_to != "both" and not m.symmetric,
+        "'permuted_main' wants a 'permuted_support'": m.permuted_main and not m.permuted_support,
+        "'quiet_also' wants a 'quiet'": m.quiet_also != "nothing" and not m.quiet,
+        f"no row with 'network_width' {m.network_width:g} is trained alone, to compare it with": not p.twin(label),
+    }
+    yield from (why for why, broken in rules.items() if broken)
 
 
 def _against(p: Params) -> Iterator[str]:
     """Why these parameters can't be used."""
-    for label in (BASELINE, TRAINED, ALONE, DISJOINT, RANDOM):
-        if label not in p.rows:
-            yield f"'rows' lacks '{label}', which the findings of the report compare"
+    needed = (BASELINE, TRAINED, ALONE, DISJOINT, RANDOM)
+    yield from (f"'rows' lacks '{each}', which the findings compare" for each in needed if each not in p.rows)
     slugs = {}
     for label in p.methods:
         if slugs.setdefault(slug(label), label) != label:
-            yield f"the labels '{slugs[slug(label)]}' and '{label}' are one as a file's name; change one"
-        if label in p.rows and label in p.parts:
-            yield f"'{label}' is in 'rows' and in 'parts'; a row has one name and one place"
+            yield f"the labels '{slugs[slug(label)]}' and '{label}' are one in the names of results; change one"
         yield from (f"method '{label}': {why}" for why in _against_method(p, label))
-    if not p.halves or not {ALONE, DISJOINT} <= p.merged.keys():
-        yield f"the page beside others wants something to halve ('halves'), and '{ALONE}' and '{DISJOINT}' in 'merged'"
     known = {"allow_standin": list(DATASETS), "halves": [n + arch for n in DATASETS for arch in ("", " resnet20")]}
     for knob, names in known.items():
         for name in (name for name in getattr(p, knob) if name not in names):
-            yield f"'{knob}' names {_SHORT.repr(name)}; {_nearest(name, names)}"
-    if p.epoch_images < p.batch_size:
-        yield f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})"
-    if p.calibration_images > p.train_images - p.train_images // 10:
-        yield f"'calibration_images' ({p.calibration_images}) is more than there are: nine tenths of 'train_images'"
-    if p.profile in _TAKEN:
-        yield f"the name '{p.profile}' is taken, 'profile' needs another"
+            yield f"'{knob}' names {reprlib.repr(name)}; {_nearest(name, names)}"
+    training, beside = p.train_images - p.train_images // 10, {ALONE, DISJOINT} <= p.merged.keys()
+    rules = {
+        f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
+        "the page beside others wants something to halve ('halves')": not p.halves,
+        f"the page beside others wants '{ALONE}' and '{DISJOINT}' in 'merged'": not beside,
+        f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
+        f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
+        "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,
+    }
+    yield from (why for why, broken in rules.items() if broken)
 
 
 def check(values: Mapping, where: str) -> Params:
@@ -295,38 +297,39 @@ def check(values: Mapping, where: str) -> Params:
     p, recipes = _make(Params, values, where), _read("recipes")
     made = {n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in _OF_ROWS}
     p = replace(p, **made)
-    for why in _against(p):
+    if why := next(_against(p), None):
         raise ParamsError(f"{where}: {why}")
     return p
 
 
-_YAML_1_1 = yaml.SafeLoader.yaml_implicit_resolvers  # of a plain value, by its first character
-
-
 class _Yaml(yaml.SafeLoader):
-    """YAML in which a number is what it looks like (not so in YAML 1.1: 010, 1:30), without tags and equal keys."""
+    """YAML without tags and equal keys, in which a plain value is null or text, and the knob knows what a text says.
+
+    So a number is what it looks like, as in YAML 1.2 and not in the 1.1 of PyYAML (010, 1:30, 5e-4, no), which needs
+    no further package: Jupyter brings this one.
+    """
+
+    yaml_implicit_resolvers = {None: [r for c in "~<" for r in yaml.SafeLoader.yaml_implicit_resolvers[c]]}  # noqa: RUF012
 
     def compose_node(self, parent, index):
         start, node = self.peek_event(), super().compose_node(parent, index)
+        said = [(key.value, value) for key, value in node.value] if isinstance(start, yaml.MappingStartEvent) else []
         if getattr(start, "tag", None):
             raise yaml.YAMLError(f"a tag has no meaning here: {start.tag}\n{start.start_mark}")
-        keys = [key.value for key, _ in node.value] if isinstance(start, yaml.MappingStartEvent) else []
-        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+        if twice := [name for name, number in Counter(str(name) for name, _ in said).items() if number > 1]:
             raise yaml.YAMLError(f"'{twice[0]}' is given twice in what begins\n{start.start_mark}")
+        if any(name == "<<" and not isinstance(value, yaml.MappingNode) for name, value in said):
+            raise yaml.YAMLError(f"<< takes one mapping, not several\n{start.start_mark}")  # which double at each level
         return node
-
-    yaml_implicit_resolvers = {None: [*_YAML_1_1["n"], *_YAML_1_1["<"]]}  # noqa: RUF012  bool, null, and merge
-
-
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]{0,99})\Z"), None)
-_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?\Z", re.ASCII)
-_Yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, None)
 
 
 def _read(name: str) -> dict:
-    """The mapping in ``params/<name>.yaml``."""
+    """The mapping in ``params/<name>.yaml``: its values are text, None, lists and mappings."""
     try:
-        values = yaml.load((PARAMS_DIR / f"{name}.yaml").read_text(encoding="utf-8"), _Yaml)
+        text = (PARAMS_DIR / f"{name}.yaml").read_text(encoding="utf-8")
+        if len(text) > 50_000:
+            raise ValueError("it has more than 50,000 characters")
+        values = yaml.load(text, _Yaml)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ParamsError(f"params/{name}.yaml is not YAML that can be read: {error}") from error
     if not isinstance(values, dict):
@@ -336,7 +339,7 @@ def _read(name: str) -> dict:
 
 def claims() -> dict[str, dict]:
     """What the front page claims, by its words: a ``value`` of the results, and ``at_least`` or ``at_most`` what."""
-    return _read(CLAIMS.stem)
+    return {says: {k: _meant(float, v) for k, v in claim.items()} for says, claim in _read(CLAIMS.stem).items()}
 
 
 def profiles() -> list[str]:

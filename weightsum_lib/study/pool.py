@@ -9,9 +9,9 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 
 from joblib.externals.loky import get_reusable_executor
@@ -32,18 +32,9 @@ def report_progress(line: str, path: str | None = None) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be done: a call that can be pickled, a name that all who ask for the same give it, and its work."""
-
-    name: str
-    call: Callable
-    work: float = 0.0
-
-
-def _here(job: Job) -> Future:
+def _here(name: str, call: Callable, work: float) -> Future:
     future = Future()
-    future.set_result(job.call())
+    future.set_result(call())
     return future
 
 
@@ -51,16 +42,19 @@ def _here(job: Job) -> Future:
 class Pool:
     """Where jobs are done.
 
-    ``submit`` takes a job and returns its future, ``slots`` jobs are out at once, ``hear`` makes of a function one that
-    a job calls wherever it is, to be heard here, and ``everywhere`` calls a function in each process of a cluster.
+    ``submit`` takes a job and returns its future: a name, the same for whoever asks for the same, a call that can be
+    pickled, and its work. ``slots`` jobs are out at once, ``hear`` makes of a function one that a job calls wherever it
+    is, to be heard here, and ``everywhere`` calls a function in each process of a cluster.
     """
 
-    submit: Callable[[Job], Future] = _here
+    submit: Callable[[str, Callable, float], Future] = _here
     slots: float = 1
     hear: Callable[[Callable], Callable] = lambda say: say
     everywhere: Callable[[Callable], Iterable] = lambda function: ()
 
-    def each(self, wanted: Sequence, job: Callable[..., Job], parents: Callable = lambda item: ()) -> Iterator[tuple]:
+    def each(
+        self, wanted: Collection, job: Callable[..., tuple], parents: Callable = lambda item: ()
+    ) -> Iterator[tuple]:
         """Do the ``job`` of each item and yield (item, result) as it ends.
 
         A job starts as soon as those of its item's ``parents`` (other items) have ended and a slot is free, in the
@@ -74,7 +68,7 @@ class Pool:
             ready = sorted([*ready, *sorter.get_ready()], key=order.get)
             while ready and len(out) < self.slots:
                 item = ready.pop(0)
-                out[item] = self.submit(job(item))
+                out[item] = self.submit(*job(item))
                 out[item].add_done_callback(functools.partial(lambda item, _: ended.put(item), item))
             item = ended.get()
             yield item, out.pop(item).result()
@@ -95,12 +89,20 @@ def opened(at_once: int, cluster: str = "", resources: dict | None = None) -> It
         RuntimeError: the cluster was lost meanwhile.
     """
     if cluster:
-        with _lost(cluster):
-            yield _of_cluster(cluster, resources)
+        workers, again = _of_cluster(cluster, resources), "what was finished is kept, and the same command goes on"
+        from distributed import KilledWorker
+
+        try:
+            yield workers
+        except CancelledError as error:
+            _client.cache_clear()
+            raise RuntimeError(f"the scheduler of CLUSTER={cluster} was lost; {again}") from error
+        except KilledWorker as error:
+            raise RuntimeError(f"CLUSTER={cluster}: {error}; {again}") from error
     elif at_once > 1:
         executor = get_reusable_executor(at_once, initializer=_end_with_the_parent)
         try:
-            yield Pool(lambda job: executor.submit(job.call), at_once)
+            yield Pool(lambda name, call, work: executor.submit(call), at_once)
         except BaseException:
             executor.shutdown(kill_workers=True)
             raise
@@ -123,11 +125,11 @@ def _of_cluster(address: str, resources: dict | None) -> Pool:
     client = _client(address)
     topic = f"weightsum {client.id}"
 
-    def submit(job):  # by its name: whoever else asks this scheduler for the same gets the same
-        return client.submit(_in_worker, job.call, key=job.name, priority=job.work, resources=resources)
+    def submit(name, call, work):  # whoever else asks this scheduler for the same gets the same
+        return client.submit(_in_worker, call, key=name, priority=work, resources=resources)
 
     def hear(say):
-        client.subscribe_topic(topic, lambda event: say(event[1]))
+        client.subscribe_topic(topic, lambda event: say(*event[1]))
         return functools.partial(_tell, topic)
 
     return Pool(submit, math.inf, hear, lambda function: client.run(function, on_error="return").values())
@@ -159,24 +161,10 @@ def _client(address: str):
     return client
 
 
-@contextlib.contextmanager
-def _lost(cluster: str) -> Iterator[None]:
-    from distributed import KilledWorker
-
-    again = "what was finished is kept, and the same command goes on from there"
-    try:
-        yield
-    except CancelledError as error:
-        _client.cache_clear()
-        raise RuntimeError(f"the scheduler of CLUSTER={cluster} was lost; {again}") from error
-    except KilledWorker as error:
-        raise RuntimeError(f"CLUSTER={cluster}: {error}; {again}") from error
-
-
-def _tell(topic: str, event: dict) -> None:
+def _tell(topic: str, *about: dict) -> None:
     from distributed import get_worker
 
-    get_worker().log_event(topic, event)
+    get_worker().log_event(topic, list(about))
 
 
 def _in_worker(call: Callable):
@@ -197,14 +185,19 @@ class Progress:
     """
 
     work: float
-    started: float
     done: str
-    path: str | None
+    path: str | None = field(default_factory=lambda: os.environ.get(PROGRESS_VARIABLE))
+    started: float = field(default_factory=time.time)
 
-    def __call__(self, row: dict) -> None:
-        """An epoch has ended: its row (:func:`weightsum_lib.study.train.train`), with ``run``, ``epochs``, ``work``."""
+    def __call__(self, about: dict, row: dict) -> None:
+        """An epoch has ended.
+
+        Args:
+            about: ``run``, in words; its ``epochs``; the ``work`` of one.
+            row: of the epoch (:func:`weightsum_lib.study.train.train`).
+        """
         with open(self.done, "a+", encoding="utf-8") as file:
-            file.write(f"{row['work']}\n")
+            file.write(f"{about['work']}\n")
             file.flush()
             file.seek(0)
             done = sum(map(float, file))
@@ -212,7 +205,7 @@ class Progress:
         losses = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
         values = " ".join(f"{k.removeprefix('val_')} {v:.1f}" for k, v in row.items() if k.startswith("val_"))
         report_progress(
-            f"{row['run']} | epoch {row['epoch']}/{row['epochs']} {row['seconds']:.0f} s | loss {losses} | "
+            f"{about['run']} | epoch {row['epoch']}/{about['epochs']} {row['seconds']:.0f} s | loss {losses} | "
             f"validation % {values} | about {left / 60:.1f} min left",
             self.path,
         )

@@ -12,47 +12,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from timeit import timeit
 
+import joblib
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from weightsum_lib.core import models
 from weightsum_lib.study import data, pool, store, train
-from weightsum_lib.study.config import RunConfig, build
-from weightsum_lib.study.params import DATASETS, Params, ParamsError, check
+from weightsum_lib.study.config import RunConfig, build, pick_device, pick_precision
+from weightsum_lib.study.params import DATASETS, Params, check
 from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
 _MOST_AT_ONCE = 4  # a worker takes about a gigabyte
-_LOADED = 24  # runs whose networks are kept in memory
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a profile: "auto" is CUDA where there is one.
-
-    Raises:
-        ParamsError: CUDA is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ParamsError(
-            "device 'cuda' is asked for, but torch sees no GPU here. Use PROFILE=quick, or DEVICE=cpu to insist"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def pick_precision(device: torch.device, wanted: str = "auto") -> str:
-    """ "bfloat16" where the hardware multiplies it natively, else "float32".
-
-    Raises:
-        ParamsError: bfloat16 is ``wanted`` and the hardware does not multiply it.
-    """
-    if wanted == "float32":
-        return wanted
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu
-    if wanted == "bfloat16" and not has:
-        raise ParamsError("precision 'bfloat16' is asked for, which this processor does not multiply; say 'auto'")
-    return "bfloat16" if has else "float32"
+_LOADED = 1 << 30  # bytes of networks that are kept in memory
 
 
 def code_roots(config: RunConfig) -> list[str]:
@@ -83,11 +57,6 @@ def run_content(config: RunConfig, digests: Mapping[str, str], device: str) -> d
         "versions": {name: version(name).split("+")[0].rpartition(".")[0] for name in ("torch", "torchvision")},
         "code": store.code_digest(*roots),
     }
-
-
-def run_key(config: RunConfig, digests: Mapping[str, str], device: str) -> str:
-    """A short digest of :func:`run_content`."""
-    return store.content_key(run_content(config, digests, device))
 
 
 @functools.cache
@@ -232,9 +201,13 @@ class Study:
         """
         queue = self.with_parents(configs)
         self._used.update(configs)
-        if any(map(self.is_missing, queue)):
-            with store.alone(self.results / "training.lock", report_progress):
-                self._train([c for c in queue if self.is_missing(c)])
+        missing = [c for c in queue if self.is_missing(c)]
+        for config in set(queue).difference(missing):  # what a process left that was killed at the very end
+            (self.folder(config) / "checkpoint.safetensors").unlink(missing_ok=True)
+        if missing:
+            then = "then what is still missing is trained here"
+            with store.alone(self.results / "training.lock", lambda line: report_progress(f"{line}; {then}")):
+                self._train([c for c in missing if self.is_missing(c)])
 
     def is_missing(self, config: RunConfig) -> bool:
         """Whether a run is not finished yet."""
@@ -245,17 +218,19 @@ class Study:
         done.unlink(missing_ok=True)
         numbers = {config: number for number, config in enumerate(missing, start=1)}
         with self._workers(len(missing)) as (workers, mark, shared):
-            path = os.environ.get(pool.PROGRESS_VARIABLE)
-            say = workers.hear(pool.Progress(sum(map(work, missing)), time.time(), str(done), path))
+            say = workers.hear(pool.Progress(sum(map(work, missing)), str(done)))
 
             def job(config):
                 epochs, about = config.trained_epochs, f"run {numbers[config]}/{len(missing)} {config.describe()}"
-                said = functools.partial(_say, say, {"run": about, "epochs": epochs, "work": work(config) / epochs})
+                said = functools.partial(say, {"run": about, "epochs": epochs, "work": work(config) / epochs})
                 folders = map(self.folder, [] if shared else self.parents(config))
                 parents = {folder.name: store.packed(folder) for folder in folders}
-                same = self.same(self.content(config))
-                call = functools.partial(_train_run, self, config, same, said, mark, parents)
-                return pool.Job(self.folder(config).name, call, work(config))
+                about = self, config, self.same(self.content(config))
+                return (
+                    self.folder(config).name,
+                    functools.partial(_train_run, *about, said, mark, parents),
+                    work(config),
+                )
 
             for config, files in workers.each(missing, job, self.parents):
                 store.unpack(self.folder(config), files)
@@ -278,29 +253,22 @@ class Study:
     def hours(self, config: RunConfig) -> float:
         """How long a run takes here, from a step that is measured; in one thread, with nothing beside it."""
         joint = config.method.protocol == "joint"
-        method = config.method if joint else replace(config.method, protocol="independent")
-        alike = replace(config, method=method, main="mnist", support="cifar10" * joint, start="random", seed=0)
-        alike = replace(alike, epochs=1, finetune_epochs=0, epoch_images=0)
+        alike = replace(config if joint else self.alone(config), main="mnist", support="cifar10" * joint, seed=0)
+        alike = replace(alike, epochs=1, epoch_images=0)
         if alike not in self._step_seconds:
-            few, seconds = {}, []  # validation images, which are not what is measured
-            for name in ("mnist", "cifar10"):
-                d = self.dataset(name)
-                few[name] = replace(d, val_images=d.val_images[:100], val_labels=d.val_labels[:100])
-            for steps in (1, 1, 4):  # the first is slow
-                started = time.perf_counter()
-                with _one_thread():
-                    train.train(replace(alike, epoch_images=steps * config.batch_size), few)
-                seconds.append(time.perf_counter() - started)
-            self._step_seconds[alike] = max(0.0, seconds[2] - seconds[1]) / 3
+            tasks = map(self.dataset, ("mnist", "cifar10"))  # validation is not what is measured
+            few = {d.name: replace(d, val_images=d.val_images[:100], val_labels=d.val_labels[:100]) for d in tasks}
+            runs = [replace(alike, epoch_images=steps * config.batch_size) for steps in (1, 1, 4)]  # the first is slow
+            with _one_thread():
+                _, one, four = [timeit(functools.partial(train.train, run, few), number=1) for run in runs]
+            self._step_seconds[alike] = max(0.0, four - one) / 3
         steps = config.trained_epochs * (config.epoch_images // config.batch_size)
         return self._step_seconds[alike] * steps / 3600
 
     def at_once(self) -> int:
         """How many networks are trained at once."""
-        if self.device.type != "cpu":
-            return 1
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return min(cores, self.params.networks_at_once or _MOST_AT_ONCE)
+        on_cpu = min(joblib.cpu_count(), self.params.networks_at_once or _MOST_AT_ONCE)
+        return on_cpu if self.device.type == "cpu" else 1
 
     def train_here(self, config: RunConfig, on_epoch: Callable[[dict], None] = lambda row: None) -> None:
         """Train a run whose parents are finished, in this process and one thread, and keep it in its folder."""
@@ -327,17 +295,16 @@ class Study:
     def _load(self, config: RunConfig) -> Run:
         folder = self.folder(config)
         if folder.name not in self._loaded:
-            content = store.read_sealed(folder / "run.json")
-            found, about = store.read_tensors(folder / "networks.safetensors") or ({}, None)
+            content, name = store.read_sealed(folder / "run.json"), folder / "networks.safetensors"
+            found, about = store.read_tensors(name) or ({}, None)
             networks = {role: build(config, role).to(self.device).eval() for role in config.roles}
             expected = {f"{r}/{k}": t for r, network in networks.items() for k, t in network.state_dict().items()}
             if about != folder.name or not train.alike(found, expected):
-                name = folder / "networks.safetensors"
                 raise RuntimeError(f"{name} is damaged, missing or another run's; delete {folder} to train it again")
-            for name, tensor in expected.items():
-                tensor.copy_(found[name])
+            for key, tensor in expected.items():
+                tensor.copy_(found[key])
             self._loaded[folder.name] = Run(config, networks, content["history"])
-            while len(self._loaded) > _LOADED:
+            while len(self._loaded) > 1 and sum(map(_bytes_of, self._loaded.values())) > _LOADED:
                 self._loaded.popitem(last=False)
         self._loaded.move_to_end(folder.name)
         return self._loaded[folder.name]
@@ -361,15 +328,16 @@ class Study:
         self.train_all([config for m in wanted for config in m.configs])
         contents = [self.content_of(m) for m in wanted]
         paths = [self.results / "measurements" / f"{store.content_key(content)}.json" for content in contents]
-        missing = [i for i, path in enumerate(paths) if store.read_sealed(path) is None]
+        missing = {path: i for i, path in enumerate(paths) if store.read_sealed(path) is None}
 
-        def job(i):
-            call = functools.partial(_measure, self, wanted[i], self.same(contents[i]))
-            return pool.Job(f"measure-{paths[i].stem}", call)
+        def job(path):
+            content, one = contents[missing[path]], wanted[missing[path]]
+            return f"measure-{path.stem}", functools.partial(_measure, self, one, self.same(content)), 0
 
-        with self._workers(1) if missing else contextlib.nullcontext((pool.Pool(), "", True)) as (workers, _, shared):
-            for i, value in (workers if shared else pool.Pool()).each(missing, job):
-                store.write_sealed(paths[i], {"key": contents[i], **value})
+        if missing:
+            with self._workers(1) as (workers, _, shared):
+                for path, value in (workers if shared else pool.Pool()).each(missing, job):
+                    store.write_sealed(path, {"key": contents[missing[path]], **value})
         found = [store.read_sealed(path) for path in paths]
         self._measuring_seconds |= {path.stem: content["seconds"] for path, content in zip(paths, found, strict=True)}
         return [content["value"] for content in found]
@@ -385,8 +353,10 @@ class Study:
     def provenance(self) -> dict:
         """What made a result: parameters, data, device, versions, commit, and the seconds that it took."""
         histories = {f.name: store.read_sealed(f / "run.json")["history"] for f in map(self.folder, self._used)}
+        knobs = self.params.as_dict()  # where this machine keeps its files is nobody's business
+        folders = {k: os.path.basename(v) for k, v in knobs.items() if k.endswith("_dir") and os.path.isabs(v)}
         return {
-            "params": self.params.as_dict(),
+            "params": knobs | folders,
             "data": self.describe_data(),
             "device": self.device_name(),
             "precision": self.precision,
@@ -399,6 +369,10 @@ class Study:
 
 def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{p: version(p) for p in ("torch", "torchvision", "numpy")}}
+
+
+def _bytes_of(run: Run) -> int:
+    return sum(t.nbytes for network in run.networks.values() for t in network.state_dict().values())
 
 
 @contextlib.contextmanager
@@ -422,10 +396,6 @@ def _study_of_worker(params: str) -> Study:
 
 def _sees(study: Study, mark: str) -> bool:
     return store.read_json(study.results / "mark.json") == mark
-
-
-def _say(say: Callable[[dict], None], about: dict, row: dict) -> None:
-    say(about | row)
 
 
 def _refuse(wanted: dict, here: dict) -> None:

@@ -174,10 +174,10 @@ def replaced(path: Path, size: int = 0) -> Iterator[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what processes that were killed while they wrote have left in a folder: untouched for a minute."""
+    """Delete what processes that were killed while they wrote have left in a folder: untouched for a day."""
     for left in folder.rglob(_LEFT):
         with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 60:
+            if time.time() - left.stat().st_mtime > 86_400:
                 left.unlink()
 
 

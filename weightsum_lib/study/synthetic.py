@@ -187,12 +187,9 @@ def synthesize(name: str, count: int, split: str) -> tuple[np.ndarray, np.ndarra
     Raises:
         ValueError: name, count or split is none of these.
     """
-    if name not in _MAKERS:
-        raise ValueError(f"no synthetic stand-in for {name!r}, expected one of {sorted(_MAKERS)}")
-    if split not in ("train", "test"):
-        raise ValueError(f"split is {split!r}, expected 'train' or 'test'")
-    if count < 1:
-        raise ValueError(f"count is {count!r}, expected at least 1 image")
+    if name not in _MAKERS or split not in ("train", "test") or count < 1:
+        got = f"got {name!r}, {split!r} and {count!r}"
+        raise ValueError(f"expected one of {sorted(_MAKERS)}, 'train' or 'test', and at least 1 image; {got}")
     rng = np.random.default_rng(zlib.crc32(f"{name}/{split}".encode()))
     labels = rng.permutation(np.arange(count) % 10)
     chunks = [_MAKERS[name](rng, labels[start : start + _CHUNK]) for start in range(0, count, _CHUNK)]
