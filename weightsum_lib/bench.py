@@ -20,7 +20,7 @@ from weightsum_lib import run
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.report import plots
 from weightsum_lib.report.tables import Interval, as_json, span
-from weightsum_lib.study import data, params, store, train
+from weightsum_lib.study import data, params, runs, store, train
 from weightsum_lib.study.config import pick_device, pick_precision
 from weightsum_lib.study.train import RunConfig
 
