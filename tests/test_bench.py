@@ -51,8 +51,7 @@ def test_the_floor_is_three_passes_and_trains_two_networks_that_never_meet():
         with FlopCounterMode(display=False) as counter:
             step()
         work[way] = counter.get_total_flops()
-    assert work["plain"] == bench.work(TINY)
-    assert work["floor"] == work["ours"] == 3 * work["plain"]
+    assert work["floor"] == work["ours"] == 3 * work["plain"] == pytest.approx(bench.work(TINY))
     floor, plain, start = after_steps("floor"), after_steps("plain"), after_steps("plain", 0)
     half = len(floor) // 2
     assert all(torch.equal(p, q) for p, q in zip(floor[:half], plain[:half], strict=True))
@@ -75,7 +74,7 @@ def test_a_measurement_is_written_for_the_report(tmp_path, monkeypatch):
     earlier = {"tables": {"devices": {"rows": [[here, "float32", *"9999"], ["a GPU", "bfloat16", *"1111"]]}}}
     bench.write(steps, content, tmp_path / "results", earlier)
     saved = store.read_json(tmp_path / "results" / "bench.json")
-    for name, columns in {"steps": 6, "devices": 6, "several": 3}.items():
+    for name, columns in {"steps": 6, "devices": 6}.items():
         table = saved["tables"][name]
         assert {len(row) for row in [table["columns"], *table["rows"]]} == {columns}
     assert [row[1] for row in saved["tables"]["steps"]["rows"]] == [*bench.WAYS.values()]
@@ -85,7 +84,6 @@ def test_a_measurement_is_written_for_the_report(tmp_path, monkeypatch):
     assert rows["× floor"]["ours"] == f"{of_turns[1]:.2f}"
     ends = sum(of_turns[:2]) / 2, sum(of_turns[1:]) / 2
     assert rows["ratio_to_floor"]["ours"] == pytest.approx((of_turns[1], *ends, 3))
-    assert [row[0][:5] for row in saved["tables"]["several"]["rows"]] == ["2: on", "2: a "]
     # what was measured on other devices stays beside it
     assert [row[:2] for row in saved["tables"]["devices"]["rows"]] == [[here, "float32"], ["a GPU", "bfloat16"]]
     assert saved["tables"]["devices"]["rows"][0][2] == f"{of_turns[1]:.2f}"

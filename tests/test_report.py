@@ -448,6 +448,16 @@ def test_no_two_lines_of_a_figure_look_the_same():
     assert len({(line.get_marker(), line.get_color()) for line in lines}) == 30
 
 
+def test_a_method_looks_the_same_in_every_panel():
+    plots.use_style()
+    explained = LAYERS[LAYERS["method"] == "joint ce"]  # without the first method
+    panels = plots.layers(LAYERS, explained, "message").axes
+    looks = {
+        (line.get_color(), line.get_marker()) for p in panels for line in p.lines if line.get_label() == "joint ce"
+    }
+    assert len(looks) == 1
+
+
 def test_examples_are_the_first_of_each_class_and_stand_ins_are_marked(datasets):
     figure = plots.examples(list(datasets.values()), "message")
     assert len(figure.axes) == 20 and figure.axes[10].get_ylabel() == "CIFAR-10\n(stand-in)"

@@ -7,7 +7,6 @@ import random
 import sys
 import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils import benchmark
 from torch.utils.data import DataLoader, default_collate
-from torch.utils.flop_counter import FlopCounterMode
 
 from weightsum_lib import run
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.report import plots
 from weightsum_lib.report.tables import Interval, as_json, span
-from weightsum_lib.study import data, params, store, train
+from weightsum_lib.study import data, params, runs, store, train
 from weightsum_lib.study.config import pick_device, pick_precision
 from weightsum_lib.study.train import RunConfig
 
@@ -70,21 +68,20 @@ def _collate(look: Callable, rows: Sequence[tuple]) -> list[Tensor]:
     return default_collate([(look(picture), label) for picture, label in rows])
 
 
-def begin(way: str, config: RunConfig, device: torch.device, seed: int = 0) -> tuple[Callable, list]:
+def begin(way: str, config: RunConfig, device: torch.device) -> tuple[Callable, list]:
     """Start to make steps in one of the :data:`WAYS`, on networks of its own.
 
     Args:
         way: its name.
         config: of a joint run whose third term is ``ce``.
         device: where.
-        seed: of the networks; the batches are the same for all.
 
     Returns:
         a function that makes one step, and the two networks.
     """
     kind = way.removesuffix("_fed")
     roles = ("main", "support", "main")  # a third network of the same architecture, for the ways that want one
-    networks = [train.build(replace(config, seed=seed), role).to(device).train() for role in roles]
+    networks = [train.build(config, role).to(device).train() for role in roles]
     if kind == "obvious":
         config = replace(config, precision="float32")
         networks = [network.to(memory_format=torch.contiguous_format) for network in networks]
@@ -142,34 +139,9 @@ def in_turns(steps: Mapping[str, Callable], seconds: float | None = None) -> pd.
     return pd.DataFrame(rows, columns=[*steps])
 
 
-def several(config: RunConfig, device: torch.device, seeds: int) -> pd.DataFrame:
-    """How long a step of the pairs of several seeds takes, one pair after another and in a process each."""
-    steps = [begin("ours", config, device, seed)[0] for seed in range(seeds)]
-    threads, spawn = max(1, torch.get_num_threads() // seeds), torch.multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(seeds, spawn, torch.set_num_threads, (threads,)) as pool:
-        seconds = in_turns({
-            "one pair after another": lambda: [step() for step in steps],
-            "a process each, with its share of the cores": lambda: [*pool.map(_step_of, [(config, device)] * seeds)],
-        })  # fmt: skip
-    return pd.DataFrame({
-        "Pairs at once": [f"{seeds}: {way}" for way in seconds],
-        "ms for a step of each": [f"{1e3 * s:,.0f}" for s in seconds.median()],
-        "× one after another": [f"{ratio:.2f}" for ratio in seconds.div(seconds.iloc[:, 0], axis=0).median()],
-    })  # fmt: skip
-
-
-_begun = functools.cache(begin)  # a process goes on with the pair that it has
-
-
-def _step_of(setting: tuple) -> None:
-    _seconds(_begun("ours", *setting)[0])  # and waits for the device
-
-
 def work(config: RunConfig) -> float:
-    """FLOP of a forward and a backward pass of one network on a batch."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        train.build(config)(torch.empty(2, 3, 32, 32)).sum().backward()
-    return counter.get_total_flops() / 2 * config.batch_size
+    """FLOP of a three-term step: three forward and backward passes on a batch."""
+    return runs.work(config) / (config.trained_epochs * config.epoch_images) * config.batch_size
 
 
 def _quartiles(values: pd.Series) -> Interval:
@@ -194,7 +166,7 @@ def step_rows(config: RunConfig, device: torch.device, rate: float) -> pd.DataFr
     for way in ("ours_fed", "obvious_fed"):  # a loader works ahead while others run: use that up first
         times[way] = [_seconds(steps[way]) for _ in range(_AHEAD + len(times))][_AHEAD:]
     ratios, medians = [_quartiles(times[way] / times["floor"]) for way in times], times.median()
-    passes = 3 - 2 * (times.columns == "plain")
+    passes = 1 - (times.columns == "plain") * 2 / 3
     return pd.DataFrame({
         "setting": f"{config.arch.upper()}, width {config.width:g}, batch {config.batch_size}",
         "way": [*times],
@@ -215,13 +187,12 @@ def between(steps: pd.DataFrame, way: str, over: str, digits: str) -> str:
     return span([(pd.Series(a) / b).median() for a, b in zip(turns[way], turns[over], strict=True)], digits)
 
 
-def measure(configs: Sequence[RunConfig], device: torch.device, seeds: int = 2) -> tuple[pd.DataFrame, dict]:
+def measure(configs: Sequence[RunConfig], device: torch.device) -> tuple[pd.DataFrame, dict]:
     """All tables.
 
     Args:
         configs: the settings, joint runs.
         device: where.
-        seeds: that are trained at once, in the first setting.
 
     Returns:
         the rows of :func:`step_rows`, and results as the book reads them.
@@ -247,7 +218,6 @@ def measure(configs: Sequence[RunConfig], device: torch.device, seeds: int = 2) 
     found = {
         "steps": steps.loc[:, "Width, batch":].rename(columns={"label": "Step"}),
         "devices": pd.DataFrame([here | {"Matrix products": values["matmul_rate"]}]),
-        "several": several(first, device, seeds),
     }
     return steps, {"notebook": "bench", "values": values, "tables": {k: as_json(frame) for k, frame in found.items()}}
 

@@ -140,10 +140,10 @@ def curves(histories: Mapping[str, Sequence[dict]], main: str, support: str, mes
     return _done(figure, message)
 
 
-def _by_layer(axes: Axes, rows: pd.DataFrame, column: str, unit: str) -> None:
-    """A line a method over the layers."""
+def _by_layer(axes: Axes, rows: pd.DataFrame, column: str, unit: str, methods: Sequence[str]) -> None:
+    """A line a method over the layers; one of several ``methods`` looks the same wherever some are missing."""
     shown = rows.pivot(index="layer", columns="method", values=column)
-    shown = shown.reindex(index=rows["layer"].unique(), columns=rows["method"].unique())
+    shown = shown.reindex(index=rows["layer"].unique(), columns=list(methods))
     axes.plot(shown.index, shown, alpha=0.85, label=[*shown])
     axes.tick_params(axis="x", rotation=60)
     axes.set_ylabel(unit)
@@ -160,9 +160,10 @@ def layers(rows: pd.DataFrame, explained: pd.DataFrame, message: str) -> Figure:
         message: what the figure says.
     """
     figure, ((ratio,), (cosine,), (last,)) = _panels(1, (8.5, 8.5), 3, sharex=True)
-    _by_layer(ratio, rows, "norm_ratio", "‖W_main‖ / ‖W_support‖")
-    _by_layer(cosine, rows, "cosine", "cosine of the two weights")
-    _by_layer(last, explained, "explained", "variance in the sum\nthat θ_main explains")
+    methods = rows["method"].unique()
+    _by_layer(ratio, rows, "norm_ratio", "‖W_main‖ / ‖W_support‖", methods)
+    _by_layer(cosine, rows, "cosine", "cosine of the two weights", methods)
+    _by_layer(last, explained, "explained", "variance in the sum\nthat θ_main explains", methods)
     ratio.axhline(1, color="0.4", lw=1, ls=":")
     cosine.axhline(0, color="0.4", lw=1, ls=":")
     ratio.set_yscale("log")
@@ -230,7 +231,13 @@ def why(explained: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
     figure = plt.figure(figsize=(9, 6.2 + 0.15 * len(summary)), layout="constrained")
     inside, *panels = figure.subplot_mosaic([[0, 0], [1, 2]], height_ratios=[3, 1.5 + 0.15 * len(summary)]).values()
     both = summary.index.unique("tested")
-    _by_layer(inside, explained, "explained", f"variance explained\nby θ of {title(both[0])} alone")
+    _by_layer(
+        inside,
+        explained,
+        "explained",
+        f"variance explained\nby θ of {title(both[0])} alone",
+        explained["method"].unique(),
+    )
     inside.set_title(f"inside the sum, on {title(both[0])}, seed 0")
     kinds = {"loudness": "lost to the other's loud answers", "interference": "lost to interference of weights"}
     for axes, name in zip(panels, both, strict=True):
