@@ -327,8 +327,8 @@ def _read(name: str) -> dict:
     """The mapping in ``params/<name>.yaml``: its values are text, None, lists and mappings."""
     try:
         text = (PARAMS_DIR / f"{name}.yaml").read_text(encoding="utf-8")
-        if len(text) > 50_000:
-            raise ValueError("it has more than 50,000 characters")
+        if len(text) > 20_000:
+            raise ValueError("it has more than 20,000 characters")
         values = yaml.load(text, _Yaml)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ParamsError(f"params/{name}.yaml is not YAML that can be read: {error}") from error
