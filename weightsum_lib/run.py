@@ -342,9 +342,9 @@ def build_book(folder: Path) -> Path:
     Raises:
         RunError: nothing to build from, or a page has a broken link or a missing number.
     """
-    if missing := [name for name in notebook_names() if not (folder / f"{name}.ipynb").exists()]:
-        make = f"make them first: make all PROFILE={folder.name}"
-        raise RunError(f"{folder} has no executed {', '.join(missing)}; {make}")
+    missing = [name for name in notebook_names() if not (folder / f"{name}.ipynb").exists()]
+    if missing and folder != PUBLISHED:
+        raise RunError(f"{folder} has no executed {', '.join(missing)}; make them: make all PROFILE={folder.name}")
     for name in notebook_names() if folder != PUBLISHED else ():
         made, kept = _digests(*_made(name, folder)), store.read_json(folder / f"{name}.stamp.json")
         whole = isinstance(kept, dict) and kept.get("made") == made
@@ -369,6 +369,8 @@ def build_book(folder: Path) -> Path:
             to = source / ("notebooks" if path.suffix == ".ipynb" else "results")
             to.mkdir(exist_ok=True)
             shutil.copyfile(path, to / path.name)
+        for name in missing:
+            page.write_without_numbers(source / "notebooks" / f"{name}.ipynb", _source(name))
         page.write_headline(folder, source / "results")
         stamp_file.unlink(missing_ok=True)
         shutil.rmtree(first.parent, ignore_errors=True)
@@ -403,9 +405,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         folder = PUBLISHED
         if given.profile != "published":
-            seeds = int(given.seeds) if given.seeds.isdecimal() else given.seeds
             # not every shell expands DATA_DIR=~/…
-            knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": seeds}
+            knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": given.seeds}
             p = params.read(given.profile, {name: value for name, value in knobs.items() if value != ""})
             folder = Path(p.results_dir) / p.profile
         if given.step in ("plan", "train"):
