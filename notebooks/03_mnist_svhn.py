@@ -44,8 +44,13 @@ p = params.from_notebook(globals())  # to explore the networks that `make all` t
 HEADLINE = [BASELINE, TRAINED, ALONE, RANDOM, DISJOINT]  # the rows that the front page shows
 study = Study(p)
 plots.use_style()
-frame = measure.strangers(study, FIRST, SECOND)
-Markdown(tables.data_notice(study.describe_data()))
+policy = {m: measure.headline_policy(p, m) for m in p.rows}
+every_policy = tables.wide(measure.strangers(study, FIRST, SECOND))
+levels = every_policy.index.to_frame()
+sums = every_policy[levels["policy"] == levels["method"].map(policy)]
+summary = tables.summarize(sums, ["method", "policy", "tested"])
+finding = findings.of_strangers(summary.droplevel("policy"))
+Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
 plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks see: a test image of each class")
@@ -61,14 +66,8 @@ plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks
 # control without which no number here means anything: the *other* task's network on these images, alone.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every method, test accuracy of the task's own network, of the sum, and of the other task's network as a control; the dotted line is chance. The tables below hold the same numbers."}}
-policy = {m: measure.headline_policy(p, m) for m in p.rows}
-every_policy = tables.wide(frame)
-levels = every_policy.index.to_frame()
-sums = every_policy[levels["policy"] == levels["method"].map(policy)]
-summary = tables.summarize(sums, ["method", "policy", "tested"])
 margins = {FIRST: 1.0, SECOND: 1.0}  # points that a network may be worse than alone, and still count
 counted = {m: findings.counts(sums, m, p.twin(m), margins) for m in summary.index.unique("method")}
-finding = findings.of_strangers(summary.droplevel("policy"))
 keyed, dense = (
     " and ".join(f"{cell.mean:.1f} % of {tables.title(name)}" for (_, name), cell in summary.loc[m, "after"].items())
     for m in (RANDOM, TRAINED)
@@ -86,21 +85,22 @@ plots.before_after(summary, f"Never met: random keys read {keyed}, dense {TRAINE
 summary["counts"] = summary.index.get_level_values("method").map(counted)
 columns = ["before", "after", "kept", "worst", "other", "renamed", "counts"]
 of_task = {name: tables.table(summary.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
-of_task[FIRST].style.hide(axis="index").set_caption(f"On {tables.title(FIRST)}")
+MARKED = [TRAINED, RANDOM, DISJOINT]
+tables.shown(of_task[FIRST], f"On {tables.title(FIRST)}", MARKED)
 
 # %% tags=["hide-input"]
-of_task[SECOND].style.hide(axis="index").set_caption(f"On {tables.title(SECOND)}")
+tables.shown(of_task[SECOND], f"On {tables.title(SECOND)}", MARKED)
 
 # %% [markdown]
 # ## Why one sum works and the other does not
 #
-# Left: of all that happens in the sum's channels that θ_m uses, on an image of its own task, how much is θ_m's own
+# Above: of all that happens in the sum's channels that θ_m uses, on an image of its own task, how much is θ_m's own
 # doing? (The squared correlation of each channel with the same channel of θ_m alone, weighted by variance, behind the
-# batch norm.) What is missing is the partner's noise. Right: the accuracy that is lost, split in two. Between each
+# batch norm.) What is missing is the partner's noise. Below: the accuracy that is lost, split in two. Between each
 # network and the ensemble it is lost because the other one answers *loudly* on images that are not its own; between
 # the ensemble and the sum, because the weights *interfere*.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method that the finding names. Middle and right: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Top: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method that the finding names. Bottom: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
 explained = pd.concat([measure.explained(study, m, FIRST, SECOND) for m in HEADLINE])
 at_fc2 = explained[explained["layer"] == "fc2"].set_index("method")["explained"]
 plots.why(
@@ -111,8 +111,13 @@ plots.why(
 )
 
 # %% tags=["hide-input"]
-split_table = tables.table(summary.droplevel("policy"), ["ensemble", "loudness", "interference", "confidence"])
-split_table.style.hide(axis="index")
+of_each = summary.droplevel("policy")
+columns = ["ensemble", "loudness", "interference", "confidence"]
+split = {name: tables.table(of_each.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
+tables.shown(split[FIRST], f"On {tables.title(FIRST)}", MARKED)
+
+# %% tags=["hide-input"]
+tables.shown(split[SECOND], f"On {tables.title(SECOND)}", MARKED)
 
 # %% [markdown]
 # The *ensemble of logits* runs both networks, each under its own statistics, and adds their logits: it is what a sum without
@@ -141,9 +146,9 @@ plots.policies(
     "The sum under every batch-norm policy" if rescued else "No choice of statistics rescues a dense sum",
 )
 
-# %% tags=["hide-input"]
+# %% tags=["hide-input", "hide-output"]
 policy_table = tables.table(policies, ["before", "after"])
-policy_table.style.hide(axis="index")
+tables.shown(policy_table)
 
 # %% [markdown]
 # ## As others merge, and what is the ceiling
@@ -155,7 +160,7 @@ policy_table.style.hide(axis="index")
 merged = [measure.mergers(study, FIRST, SECOND), measure.ceilings(study, FIRST, SECOND)]
 merged_table = tables.table(tables.summarize(tables.wide(pd.concat(merged)), ["method", "tested"]), ["after"])
 merged_table = merged_table.rename(columns=lambda heading: heading.replace(": after the sum", ""))
-merged_table.style.hide(axis="index")
+tables.shown(merged_table)
 
 # %% [markdown]
 # ## Where the sum lies
@@ -178,7 +183,12 @@ tables.save(
         "finding": finding,
         **{f"explained.{params.slug(m)}": value for m, value in at_fc2.items()},
     },
-    {**of_task, "split": split_table, "policies": policy_table, "merged": merged_table},
+    {
+        **of_task,
+        **{f"split_{name}": found for name, found in split.items()},
+        "policies": policy_table,
+        "merged": merged_table,
+    },
     [
         row
         for name in (FIRST, SECOND)

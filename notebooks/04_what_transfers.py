@@ -93,7 +93,7 @@ curve_tables[SECOND].style.hide(axis="index").set_caption(f"Kept of {tables.titl
 
 # %% tags=["hide-input"]
 recipe_table = tables.table(curves.loc[recipe], ["after", "sampling", "kept_of_ensemble", "worst", "spread"])
-recipe_table.style.hide(axis="index")
+tables.shown(recipe_table)
 
 # %% [markdown]
 # What two keys have in common, layer by layer: the expected number of channels that both networks use. The weights of a
@@ -102,7 +102,7 @@ recipe_table.style.hide(axis="index")
 # %% tags=["hide-input"]
 room = measure.room(study, RANDOM, BOTH, SHARES)
 room_table = tables.room_table(room)
-room_table.style.hide(axis="index")
+tables.shown(room_table)
 
 # %% [markdown]
 # ## Where it is lost
@@ -151,7 +151,7 @@ part_table = tables.table(
     tables.against(of_parts, RANDOM, ["before", "ensemble", "after", "kept"]),
     ["before", "ensemble", "after", "kept", "difference"],
 )
-part_table.style.hide(axis="index")
+tables.shown(part_table, marked=[RANDOM])
 
 # %% [markdown]
 # The switches of each row that are not at their default (what each means: {class}`Method <weightsum_lib.Method>`):
@@ -192,7 +192,7 @@ plots.capacity(
 )
 
 # %% tags=["hide-input"]
-law_table.style.hide(axis="index")
+tables.shown(law_table)
 
 # %% tags=["hide-input"]
 fitting = {tables.fraction(k): law.networks(k, 99) for k in SHARES[1:]}
@@ -215,7 +215,7 @@ several_table = pd.concat(
      for n in of_most.index.unique("tested") for own in [of_most.xs(n, level="tested")]]
 )  # fmt: skip
 several_table = several_table[["Task", *several_table.columns.drop("Task")]]
-several_table.style.hide(axis="index")
+tables.shown(several_table)
 
 # %% [markdown]
 # ## Loudness, the open problem of more than two
@@ -235,7 +235,7 @@ THIRDS = {
 three = [measure.curve(study, [DISJOINT], [*PAIR, third]).assign(third=label) for label, third in THIRDS.items()]
 of_three = tables.summarize(tables.wide(pd.concat(three)), ["third", "tested"])
 three_table = tables.table(of_three, ["before", "ensemble", "after", "kept"])
-three_table.style.hide(axis="index")
+tables.shown(three_table)
 
 # %% [markdown]
 # Is a network quieter on strangers' images if it was taught to be quiet on more kinds? Each row below was trained to answer
@@ -248,7 +248,7 @@ LOUD = [DISJOINT, *(m for m in p.parts if p.method(m).keys == "disjoint")]
 loud = measure.curve(study, LOUD, [*PAIR, NEITHER], split="val", seeds=p.choice_seeds_of(DISJOINT))
 columns = ["before", "ensemble", "after", "kept"]
 loud_table = tables.table(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
-loud_table.style.hide(axis="index")
+tables.shown(loud_table, marked=[DISJOINT])
 
 # %% [markdown]
 # ## The price
@@ -263,7 +263,7 @@ frame = measure.strangers(study, FIRST, SECOND)
 sums = tables.wide(frame)
 price = tables.summarize(tables.price(sums, {m: p.twin(m) for m in p.methods}, BASELINE), ["method", "tested"])
 price_table = tables.table(price, ["before", "gap_full", "gap_size"])
-price_table.style.hide(axis="index")
+tables.shown(price_table, marked=[RANDOM])
 
 # %% [markdown]
 # ## Finding
