@@ -121,7 +121,7 @@ def clone(folder):
 
 
 def make(folder, *arguments, **environment):
-    fixed = {"CONDA_DEFAULT_ENV": "", "PYTHON": sys.executable}
+    fixed = {"CONDA_DEFAULT_ENV": "", "PYTHON": sys.executable, "VENV": ""}  # not those of the make around this
     environment = {k: v for k, v in (os.environ | fixed | environment).items() if v}
     command = ["make", *arguments]
     out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}

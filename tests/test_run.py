@@ -279,7 +279,7 @@ def test_wrong_parameters_stop_before_anything_runs(house):
         (["all", "--profile", "published"], "make book PROFILE=published"),
         (
             ["all", "--profile", "smoke", "--seeds", "two"],
-            "'seeds' (seeds 0, 1, … of each method) must be int, got 'two'",
+            "'seeds' (seeds 0, 1, … of each method) must be int from 1 to 1000, got 'two' (str)",
         ),
         (["all", "--profile", "smoke", "--notebook", "09"], "no notebook begins with '09'; there are 00_how_to_sum, "),
         (["book", "--profile", "quick"], "make all PROFILE=quick"),
@@ -307,7 +307,7 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
     monkeypatch.chdir(house.path)
     (house.results / "00_how_to_sum.ipynb").unlink()
     assert run.main(["book", *SMOKE]) == 2
-    assert "has no executed 00_how_to_sum; make them first: make all PROFILE=smoke" in capsys.readouterr().err
+    assert "has no executed 00_how_to_sum; make them: make all PROFILE=smoke" in capsys.readouterr().err
     assert run.main(["all", *SMOKE]) == 0
     said = capsys.readouterr().out
     assert "00_how_to_sum: done" in said and "03_mnist_svhn: up to date" in said

@@ -248,6 +248,7 @@ def _text(cell, digits: str) -> str:
 
 def shown(frame: pd.DataFrame, caption: str = "", marked: Sequence[str] = ()) -> Styler:
     """A table in a notebook: without numbers of rows, and with those rows in bold whose first cell is ``marked``."""
+    frame = frame.reset_index(drop=True)
     bold = frame.iloc[:, 0].isin(marked).map({True: "font-weight: bold", False: ""})
     return frame.style.hide(axis="index").set_caption(caption).apply(lambda column: bold)
 
