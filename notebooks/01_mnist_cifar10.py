@@ -140,7 +140,8 @@ plots.plane(planes, (MAIN, SUPPORT), "The plain sum (star) between the two netwo
 # ## What the stand-in is worth
 #
 # Where a dataset can't be had, the study takes a synthetic stand-in for it. This is what a network that was trained alone on
-# the stand-in reads of the images that stand above, and of the stand-in's own; one seed.
+# the stand-in reads of the images that stand above, and of the stand-in's own; one seed. Batch-norm statistics: of the
+# stand-in's training images (`own`), or of those of the tested task (`per_task`).
 
 # %% tags=["hide-input"]
 worth = tables.summarize(tables.wide(measure.standin_worth(study, MAIN)), ["policy", "tested"])

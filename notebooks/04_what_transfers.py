@@ -59,7 +59,20 @@ lines = {
     "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="summed", draws=3),
     "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="union", draws=3),
 }
-Markdown(tables.data_notice(study.describe_data()))
+wide = tables.wide(pd.concat([frame.assign(line=line) for line, frame in lines.items()]))
+curves = tables.summarize(wide, ["line", "share", "tested"])
+kept = curves["kept"]
+NEITHER = (SUPPORT, f"{FIRST} inverted", "main")  # task, the partner's task in training, role there
+THIRDS = {
+    "MNIST's support": (SUPPORT, FIRST, "support"),
+    "SVHN's support": (SUPPORT, SECOND, "support"),
+    "met neither": NEITHER,
+    "met the images of both": (SUPPORT, f"{FIRST}+{SECOND}", "main"),
+}
+three = [measure.curve(study, [DISJOINT], [*BOTH, third]).assign(third=label) for label, third in THIRDS.items()]
+of_three = tables.summarize(tables.wide(pd.concat(three)), ["third", "tested"])
+finding = findings.of_recipe(kept[recipe], kept[plainly], (HEADLINE, SPARSEST), of_three["kept"]["met neither"])
+Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% [markdown]
 # ## How dense may keys be?
@@ -73,9 +86,6 @@ Markdown(tables.data_notice(study.describe_data()))
 # on the other's images. At the dense end a network has to live with the other in its channels: there the recipe shows.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum of two networks keeps, in percent, against the share k of the sum's channels that each network uses, one line for the recipe, for the recipe with equal room in all layers, with other batch-norm statistics, and for networks that were trained plainly. The table below holds the numbers."}}
-wide = tables.wide(pd.concat([frame.assign(line=line) for line, frame in lines.items()]))
-curves = tables.summarize(wide, ["line", "share", "tested"])
-kept = curves["kept"]
 at_headline = " and ".join(f"{kept[recipe, HEADLINE, n].mean:.1f} % of {tables.title(n)}" for n in BOTH)
 plots.kept_by_share(curves, f"Under random keys of ⅛ the sum of two strangers keeps {at_headline}")
 
@@ -92,7 +102,7 @@ curve_tables[SECOND].style.hide(axis="index").set_caption(f"Kept of {tables.titl
 # draws of all pairs, and how much the draws of one pair differ (standard deviation).
 
 # %% tags=["hide-input"]
-recipe_table = tables.table(curves.loc[recipe], ["after", "sampling", "kept_of_ensemble", "worst", "spread"])
+recipe_table = tables.by_task(curves.loc[recipe], ["after", "sampling", "kept_of_ensemble", "worst", "spread"])
 tables.shown(recipe_table)
 
 # %% [markdown]
@@ -133,7 +143,7 @@ of_draws = of_draws[of_draws.index.get_level_values("line").isin([recipe, equal_
 ranked = of_draws.groupby("tested")[["shared", "kept"]].corr("spearman")["kept"].xs("shared", level=1)
 plots.by_draw(
     of_draws,
-    "A sum of two strangers keeps less the more channels they share: rank correlation "
+    "What a sum of two strangers keeps, and how many channels they share: rank correlation "
     + " and ".join(f"{ranked[n]:.2f} on {tables.title(n)}".replace("-", "−") for n in BOTH),
 )
 
@@ -147,7 +157,7 @@ plots.by_draw(
 PARTS = [m for m in p.parts if p.method(m).keys == "random"]
 parts = measure.curve(study, [RANDOM, ALONE, *PARTS], BOTH, **choosing)
 of_parts = tables.wide(parts)
-part_table = tables.table(
+part_table = tables.by_task(
     tables.against(of_parts, RANDOM, ["before", "ensemble", "after", "kept"]),
     ["before", "ensemble", "after", "kept", "difference"],
 )
@@ -166,15 +176,13 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # Networks of further tasks join the sum, one after another: other colours and quarter turns of the same datasets. Each
 # was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside inverted MNIST), and has met none of
 # the others. The ensemble of their logits stands beside every number: what it loses is lost to loudness, and no key can
-# give it back. What keys can lose is the rest, and it follows the expected number of *other* networks on a channel,
-# (N − 1)·k. A law of two numbers is fitted to the sums of fewer networks, and held to those of the most:
-# kept of the ensemble = exp(−(c·(N − 1)·k)^b).
+# give it back. What keys can lose is the rest: to the right it stands against the expected number of *other* networks on
+# a channel, (N − 1)·k. A law of two numbers is fitted to the sums of fewer networks, and held to those of the most:
+# kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table says how far it holds.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
-PAIR = [FIRST, SECOND]
-NEITHER = (SUPPORT, f"{FIRST} inverted", "main")  # task, the partner's task in training, role there
 FURTHER = [f"{SECOND} inverted", f"{FIRST} turned", f"{SECOND} turned", f"{FIRST} inverted"]
-JOINING = [*PAIR, NEITHER, *FURTHER, (f"{SUPPORT} inverted", f"{FIRST} inverted", "main")]
+JOINING = [*BOTH, NEITHER, *FURTHER, (f"{SUPPORT} inverted", f"{FIRST} inverted", "main")]
 COUNTS = (2, 4, 8) if p.choice_seeds else (2, 3)
 grown = [
     measure.curve(study, [m], JOINING[:count], SHARES[1:], draws=3, seeds=seeds).assign(networks=count)
@@ -210,11 +218,7 @@ Markdown(
 # %% tags=["hide-input"]
 several = tables.summarize(growing, ["method", "share", "networks", "tested"])
 of_most = several.xs(COUNTS[-1], level="networks").loc[RANDOM]
-several_table = pd.concat(
-    [tables.table(own, ["before", "other", "ensemble", "after", "kept"]).assign(Task=tables.title(n))
-     for n in of_most.index.unique("tested") for own in [of_most.xs(n, level="tested")]]
-)  # fmt: skip
-several_table = several_table[["Task", *several_table.columns.drop("Task")]]
+several_table = tables.by_task(of_most, ["before", "other", "ensemble", "after", "kept"])
 tables.shown(several_table)
 
 # %% [markdown]
@@ -226,15 +230,7 @@ tables.shown(several_table)
 # images of both. What is lost here is lost to answers on images that nobody showed a network.
 
 # %% tags=["hide-input"]
-THIRDS = {
-    "MNIST's support": (SUPPORT, FIRST, "support"),
-    "SVHN's support": (SUPPORT, SECOND, "support"),
-    "met neither": NEITHER,
-    "met the images of both": (SUPPORT, f"{FIRST}+{SECOND}", "main"),
-}
-three = [measure.curve(study, [DISJOINT], [*PAIR, third]).assign(third=label) for label, third in THIRDS.items()]
-of_three = tables.summarize(tables.wide(pd.concat(three)), ["third", "tested"])
-three_table = tables.table(of_three, ["before", "ensemble", "after", "kept"])
+three_table = tables.by_task(of_three, ["before", "ensemble", "after", "kept"])
 tables.shown(three_table)
 
 # %% [markdown]
@@ -245,9 +241,9 @@ tables.shown(three_table)
 
 # %% tags=["hide-input"]
 LOUD = [DISJOINT, *(m for m in p.parts if p.method(m).keys == "disjoint")]
-loud = measure.curve(study, LOUD, [*PAIR, NEITHER], split="val", seeds=p.choice_seeds_of(DISJOINT))
+loud = measure.curve(study, LOUD, [*BOTH, NEITHER], split="val", seeds=p.choice_seeds_of(DISJOINT))
 columns = ["before", "ensemble", "after", "kept"]
-loud_table = tables.table(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
+loud_table = tables.by_task(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
 tables.shown(loud_table, marked=[DISJOINT])
 
 # %% [markdown]
@@ -269,7 +265,6 @@ tables.shown(price_table, marked=[RANDOM])
 # ## Finding
 
 # %% tags=["hide-input"]
-finding = findings.of_recipe(kept[recipe], kept[plainly], (HEADLINE, SPARSEST), of_three["kept"]["met neither"])
 tables.save(
     NOTEBOOK,
     study,

@@ -78,7 +78,8 @@ plots.merged(
 # %% tags=["hide-input"]
 table = tables.table(summary, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
 table["Weights, × one network's"] = [f"{cell.mean:.2f}" for cell in summary.xs(ALL, level="tested")["weights"]]
-table.style.hide(axis="index")
+table["Task"] = table["Task"].map(tables.title)
+tables.shown(table, marked=["sum under random keys", "sum under disjoint keys"])
 
 # %% [markdown]
 # ## Finding

@@ -379,6 +379,16 @@ def test_a_page_that_the_stored_run_lacks_is_its_prose_and_says_so(tmp_path):
     assert "# A page" in "".join(cell["source"]) and "{note}" in "".join(cell["source"])
 
 
+def test_tables_of_each_task_stand_below_each_other():
+    index = pd.MultiIndex.from_product([["a", "b"], ["mnist", "svhn"]], names=["method", "tested"])
+    summary = pd.DataFrame({"after": [interval([float(v)]) for v in range(4)], "n": 1}, index)
+    found = tables.by_task(summary, ["after"])
+    assert list(found) == ["Task", "Method", "After the sum (%)", "n"]
+    assert found["Task"].tolist() == ["MNIST", "MNIST", "SVHN", "SVHN"]
+    assert found["After the sum (%)"].tolist() == ["0.0", "2.0", "1.0", "3.0"]
+    assert tables.shown(found, marked=["a"]).to_html().count("font-weight: bold") >= 1
+
+
 def _figures():
     """Every figure, by name, with rows whose labels are as long as the longest of the study."""
     long = "disjoint keys without quiet, gradient to main only"

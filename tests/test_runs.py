@@ -369,7 +369,8 @@ def _alive(pid):
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_who_is_told_to_stop_stops_at_once_with_its_workers_and_goes_on_later(tmp_path, how):
     program = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background ignore
 os.sched_getaffinity = lambda _: {0, 1}
 from weightsum_lib import run
 from weightsum_lib.study import params

@@ -105,11 +105,6 @@ def test_a_row_of_the_history_has_every_loss_and_accuracy(datasets):
     assert set(row) == {"epoch", *losses, *values, "val_sum_support", "seconds"}
 
 
-def test_the_work_of_a_run_is_counted():
-    work = [c.work / (c.epoch_images * c.trained_epochs) for c in (having(PAIR, symmetric=True), PAIR, ALONE)]
-    assert work == [4, 3, 1]
-
-
 KEYED = having(PAIR, width=1 / 4, symmetric=True, quiet=1.0, centered_scale=True, network_width=0.25)
 RANDOM, DISPAIR = having(KEYED, keys="random", permuted_support=0.8), having(KEYED, keys="disjoint")
 

@@ -246,10 +246,16 @@ def _text(cell, digits: str) -> str:
     return cell if isinstance(cell, str) else "–" if cell is None or cell != cell else format(cell, digits)
 
 
+def by_task(summary: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """A :func:`table` of each tested task below that of another: narrower than side by side."""
+    each = {title(n): table(summary.xs(n, level="tested"), columns) for n in summary.index.unique("tested")}
+    return pd.concat(each, names=["Task"]).reset_index("Task")
+
+
 def shown(frame: pd.DataFrame, caption: str = "", marked: Sequence[str] = ()) -> Styler:
-    """A table in a notebook: without numbers of rows, and with those rows in bold whose first cell is ``marked``."""
+    """A table in a notebook: without numbers of rows, and with those rows in bold of which a cell is ``marked``."""
     frame = frame.reset_index(drop=True)
-    bold = frame.iloc[:, 0].isin(marked).map({True: "font-weight: bold", False: ""})
+    bold = frame.isin(marked).any(axis=1).map({True: "font-weight: bold", False: ""})
     return frame.style.hide(axis="index").set_caption(caption).apply(lambda column: bold)
 
 

@@ -55,12 +55,6 @@ class RunConfig:
         """Epochs that this run itself trains."""
         return self.finetune_epochs if self.method.protocol == "sequential" else self.epochs
 
-    @property
-    def work(self) -> float:
-        """Forward and backward passes of an image through one network in the whole run, a measure of the work."""
-        passes = 3 + self.method.symmetric if self.method.protocol == "joint" else 1
-        return passes * self.trained_epochs * self.epoch_images
-
     def describe(self) -> str:
         """What it trains, for a line on the terminal."""
         protocol, *switches = self.method.switches().items()

@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from timeit import timeit
 
@@ -25,6 +25,7 @@ from weightsum_lib.study.params import DATASETS, Params, check
 from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
+version = functools.cache(metadata.version)  # it reads files each time
 _MOST_AT_ONCE = 4  # a worker takes about a gigabyte
 _LOADED = 1 << 30  # bytes of networks that are kept in memory
 
