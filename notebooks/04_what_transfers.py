@@ -42,7 +42,7 @@ from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM
 from weightsum_lib.study.runs import Study
 
 NOTEBOOK = "04_what_transfers"
-FIRST, SECOND, SUPPORT = NAMES = ("mnist", "svhn", "cifar10")
+FIRST, SECOND = NAMES = ("mnist", "svhn")
 BOTH = (FIRST, SECOND)
 HEADLINE, SPARSEST = measure.SHARE, 1 / 128  # k of the sum
 SHARES = (1 / 2, 1 / 4, HEADLINE, 1 / 32, SPARSEST)
@@ -62,14 +62,9 @@ lines = {
 wide = tables.wide(pd.concat([frame.assign(line=line) for line, frame in lines.items()]))
 curves = tables.summarize(wide, ["line", "share", "tested"])
 kept = curves["kept"]
-NEITHER = (SUPPORT, f"{FIRST} inverted", "main")  # task, the partner's task in training, role there
-THIRDS = {
-    "MNIST's support": (SUPPORT, FIRST, "support"),
-    "SVHN's support": (SUPPORT, SECOND, "support"),
-    "met neither": NEITHER,
-    "met the images of both": (SUPPORT, f"{FIRST}+{SECOND}", "main"),
-}
-three = [measure.curve(study, [DISJOINT], [*BOTH, third]).assign(third=label) for label, third in THIRDS.items()]
+three = [
+    measure.curve(study, [DISJOINT], [*BOTH, third]).assign(third=label) for label, third in measure.THIRDS.items()
+]
 of_three = tables.summarize(tables.wide(pd.concat(three)), ["third", "tested"])
 finding = findings.of_recipe(kept[recipe], kept[plainly], (HEADLINE, SPARSEST), of_three["kept"]["met neither"])
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
@@ -181,13 +176,12 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table says how far it holds.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
-FURTHER = [f"{SECOND} inverted", f"{FIRST} turned", f"{SECOND} turned", f"{FIRST} inverted"]
-JOINING = [*BOTH, NEITHER, *FURTHER, (f"{SUPPORT} inverted", f"{FIRST} inverted", "main")]
-COUNTS = (2, 4, 8) if p.choice_seeds else (2, 3)
+joining = measure.joining(p)
+COUNTS = (2, 4, 8) if len(joining) == 8 else (2, 3)
 grown = [
-    measure.curve(study, [m], JOINING[:count], SHARES[1:], draws=3, seeds=seeds).assign(networks=count)
-    for m, seeds in ((RANDOM, p.seeds_of(RANDOM)[: max(1, p.choice_seeds)]), (DISJOINT, p.seeds_of(DISJOINT)[:1]))
-    for count in COUNTS
+    measure.curve(study, [m], joining[:n], SHARES[1:], draws=3, seeds=measure.joined_seeds(p, m)).assign(networks=n)
+    for m in (RANDOM, DISJOINT)
+    for n in COUNTS
 ]
 growing = tables.wide(pd.concat(grown))
 of_random = growing.xs(RANDOM, level="method").groupby(["networks", "share"])
@@ -241,7 +235,7 @@ tables.shown(three_table)
 
 # %% tags=["hide-input"]
 LOUD = [DISJOINT, *(m for m in p.parts if p.method(m).keys == "disjoint")]
-loud = measure.curve(study, LOUD, [*BOTH, NEITHER], split="val", seeds=p.choice_seeds_of(DISJOINT))
+loud = measure.curve(study, LOUD, [*BOTH, measure.NEITHER], split="val", seeds=p.choice_seeds_of(DISJOINT))
 columns = ["before", "ensemble", "after", "kept"]
 loud_table = tables.by_task(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
 tables.shown(loud_table, marked=[DISJOINT])

@@ -14,7 +14,7 @@ import torch
 from conftest import tiny_params
 
 from weightsum_lib import scale
-from weightsum_lib.study import measure, pool, runs, store
+from weightsum_lib.study import measure, plan, pool, runs, store
 from weightsum_lib.study.measure import Case, Member
 from weightsum_lib.study.params import ParamsError
 from weightsum_lib.study.runs import Study
@@ -144,7 +144,7 @@ def test_what_workers_gain_is_measured_beside_processes(cluster, monkeypatch):
 def test_the_hours_on_n_workers_lie_between_their_bounds(tiny):
     study = Study(tiny)
     work, chain = scale.chains(study)
-    queue = study.with_parents(measure.queue(study))
+    queue = study.with_parents(plan.queue(study))
     parents = [p for c in queue for p in study.parents(c)]
     assert len(queue) == len(set(queue)) and set(parents) <= set(queue)
     assert work == sum(map(runs.work, queue)) and max(map(runs.work, queue)) <= chain < work

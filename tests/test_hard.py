@@ -34,7 +34,7 @@ import os, pathlib, resource, signal, sys
 folder, moment, at_once, limit = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 os.sched_getaffinity = lambda _: {0, 1}
 from weightsum_lib import run
-from weightsum_lib.study import measure, params, runs
+from weightsum_lib.study import params, plan, runs
 write, replace = pathlib.Path.write_bytes, os.replace
 
 def die(path, *words):
@@ -58,7 +58,7 @@ small = {"width": 1 / 16, "train_images": 120, "test_images": 40, "calibration_i
 small |= {"batch_size": 32, "epochs": 4, "results_dir": folder, "device": "cpu", "networks_at_once": at_once}
 read = params.read
 run.params.read = lambda profile, overrides=None: read(profile, small)
-measure.queue = lambda study: [
+plan.queue = lambda study: [
     study.config("independent", "mnist"), study.config("sequential", "mnist", "cifar10", start="sum"),
     study.config("random keys", "mnist", "cifar10")]
 if limit:

@@ -11,7 +11,7 @@ import torch
 from conftest import tiny_params
 
 from weightsum_lib import Ensemble, WeightSum, compact, normalize, overlap, recalibrate, relabelled
-from weightsum_lib.study import measure, params, store, sums
+from weightsum_lib.study import measure, params, plan, store, sums
 from weightsum_lib.study.config import build
 from weightsum_lib.study.runs import Study
 from weightsum_lib.study.train import autocast, percent_right
@@ -305,13 +305,16 @@ def test_layers_and_histories_are_those_of_the_pairs(study, pairs):
 
 
 def test_the_queue_holds_every_run_behind_the_tables_a_seed_of_all_rows_first(study):
-    queue = measure.queue(study)
+    queue = plan.queue(study)
     cases = [*measure._pairs(study, "mnist", "cifar10"), *measure._pairs(study, "svhn", "cifar10")]
     cases += measure._strangers(study, "mnist", "svhn")
-    assert {member.config for case in cases for member in case.what.members} <= set(queue)
+    summed = [("disjoint keys", [*measure.THIRDS.values()]), ("random keys", measure.joining(study.params))]
+    further = [member for method, networks in summed for member in measure.members(study, method, networks, 0)]
+    assert {member.config for member in [*further, *(m for case in cases for m in case.what.members)]} <= set(queue)
     assert len(set(queue)) == len(queue)
     two = Study(replace(study.params, seeds=2, choice_seeds=1))
-    seeds = [config.seed for config in measure.queue(two)]
+    seeds = [config.seed for config in plan.queue(two)]
     assert seeds == sorted(seeds) and set(seeds) == {0, 1, params.CHOICE}
-    parts = {config.method for config in measure.queue(two) if config.seed == params.CHOICE}
-    assert parts == {two.params.method(m).trained() for m in ("random keys", "keys alone", *two.params.parts)}
+    parts = {config.method for config in plan.queue(two) if config.seed == params.CHOICE}
+    chosen = {"random keys", "keys alone", *two.params.parts}
+    assert parts - {two.params.method("disjoint keys").trained()} == {two.params.method(m).trained() for m in chosen}

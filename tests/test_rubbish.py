@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from weightsum_lib.core import models
-from weightsum_lib.study import beside, data, measure, params, runs, store, train
+from weightsum_lib.study import beside, data, measure, params, plan, runs, store, train
 from weightsum_lib.study.data import DataError
 from weightsum_lib.study.params import Method, Params, ParamsError
 
@@ -153,7 +153,7 @@ def must_work(p):
     for halved, row in product(p.halves, p.merged):
         cases += [case for candidates in beside._cases(study, halved, row, 0) for case in candidates]
     sums = dict.fromkeys(replace(case.what, draw=0) for case in cases)
-    for config in {*measure.queue(study), *(member.config for what in sums for member in what.members)}:
+    for config in {*plan.queue(study), *(member.config for what in sums for member in what.members)}:
         m = config.method
         with torch.device("meta"):
             getattr(models, config.arch)(

@@ -259,11 +259,11 @@ def train(p: Params, only_plan: bool) -> None:
     Raises:
         RunError: the claims that the runs will be held to are not committed.
     """
-    from weightsum_lib.study import measure, runs
+    from weightsum_lib.study import plan, runs
 
     check(p)
     study = runs.Study(p)
-    queue = measure.queue(study)
+    queue = plan.queue(study)
     missing, hours = [config for config in queue if study.is_missing(config)], 0.0
     if only_plan:
         for number, config in enumerate(missing, start=1):

@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 
 from weightsum_lib.report import tables
-from weightsum_lib.study import measure, params, pool, runs, store
+from weightsum_lib.study import params, plan, pool, runs, store
 from weightsum_lib.study.config import pick_device
 
 WAYS = {  # where jobs are done: how many at once, and the address of a cluster
@@ -25,7 +25,7 @@ WAYS = {  # where jobs are done: how many at once, and the address of a cluster
 
 def chains(study: runs.Study) -> tuple[float, float]:
     """The work of a profile's whole queue, and of its longest chain: a run, those that it starts from, and so on."""
-    ends, queue = {}, study.with_parents(measure.queue(study))
+    ends, queue = {}, study.with_parents(plan.queue(study))
     for config in queue:
         ends[config] = runs.work(config) + max(map(ends.get, study.parents(config)), default=0)
     return sum(map(runs.work, queue)), max(ends.values())
@@ -54,7 +54,7 @@ def gained(jobs: int, **smaller) -> pd.DataFrame:
             milliseconds = 1e3 * (time.perf_counter() - started) / jobs
             study = runs.Study(params.read("smoke", {"results_dir": folder, "networks_at_once": slots, **smaller}))
             study.cluster, started = address, time.perf_counter()
-            study.train_all([c for c in measure.queue(study) if not study.parents(c)][:8])
+            study.train_all([c for c in plan.queue(study) if not study.parents(c)][:8])
             rows.append((way, milliseconds - 1 / slots, time.perf_counter() - started))
     frame = pd.DataFrame(rows, columns=["Jobs are done in", "ms", "s"])
     return pd.DataFrame({
@@ -68,7 +68,7 @@ def gained(jobs: int, **smaller) -> pd.DataFrame:
 def memory(queued: int) -> float:
     """KiB that a queued run takes in the process that asks for it, with the scheduler of local workers in it."""
     study = runs.Study(params.read("smoke", {"device": "cpu"}))
-    one, rss = measure.queue(study)[0], psutil.Process().memory_info
+    one, rss = plan.queue(study)[0], psutil.Process().memory_info
     same = study.same(study.content(one))
     with pool.opened(1, "local:2", {"a resource that no worker has": 1}) as workers:
         before, out = rss().rss, []
@@ -93,7 +93,7 @@ def cluster(device: str, jobs: int = 1000, queued: int = 10_000, **smaller) -> d
     """
     known = {"allow_standin": [*params.DATASETS], "data_dir": "", "train_images": 2500, "device": device}
     full = runs.Study(params.read("full", known))
-    one, (work, chain) = measure.queue(full)[0], chains(full)
+    one, (work, chain) = plan.queue(full)[0], chains(full)
     rate = runs.work(one) / full.hours(one)  # of an hour
     frames = {"ways": gained(jobs, **smaller), "full": on([2**i for i in range(7)], work / rate, chain / rate)}
     values = {
@@ -103,7 +103,7 @@ def cluster(device: str, jobs: int = 1000, queued: int = 10_000, **smaller) -> d
         "jobs": jobs,
         "queued": queued,
         "memory": memory(queued),
-        "runs": len(full.with_parents(measure.queue(full))),
+        "runs": len(full.with_parents(plan.queue(full))),
         "work": work / 1e18,
         "rate": rate / 3600e12,
         "hours": work / rate,

@@ -9,6 +9,7 @@ import pandas as pd
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.study import measure
 from weightsum_lib.study.measure import NARROW, SHARE, Case
+from weightsum_lib.study.params import ALONE, DISJOINT, RANDOM
 from weightsum_lib.study.runs import Study
 from weightsum_lib.study.sums import OWN, Member, Sum, keyed, made
 
@@ -42,6 +43,8 @@ PUBLISHED = {"Git Re-Basin": 46.2, "matching by activations": 58.4, "ZipIt!": 79
 def _cases(study: Study, halved: str, row: str, seed: int) -> Iterator[list[Case]]:
     """What is tested of one row, each as the candidates of which one is chosen."""
     p, m, (dataset, _, arch) = study.params, study.params.method(row), halved.partition(" ")
+    if arch and row not in (ALONE, RANDOM, DISJOINT):
+        return  # there it is asked whether the finding needs a VGG
     halves, joint = tuple(f"{dataset} {half}" for half in HALVES), m.protocol == "joint"
     partners = {"": halves[::-1]} if not joint else {", seen": halves[::-1]}
     if m.third != "none":
@@ -73,6 +76,19 @@ def _with_arch(member: Member, arch: str) -> Member:
     return replace(member, config=replace(config, arch=arch, width=min(4.0, 8 * config.width))) if arch else member
 
 
+def all_cases(study: Study) -> list[list[Case]]:
+    """What is tested of every row, on everything that is halved; each as the candidates of which one is chosen."""
+    p = study.params
+    return [
+        case
+        for seed in range(p.seeds)
+        for halved in p.halves
+        for row, method in p.merged.items()
+        if seed < method.seeds
+        for case in _cases(study, halved, row, seed)
+    ]
+
+
 def frame(study: Study) -> pd.DataFrame:
     """Every row of the page on everything that the profile halves.
 
@@ -81,14 +97,7 @@ def frame(study: Study) -> pd.DataFrame:
     ``weights``: how many of the merged network's are not zero, as a multiple of one network's weights. Who is told
     the half of a test image has on all classes the mean of the halves.
     """
-    p = study.params
-    cases = [
-        case
-        for halved in p.halves
-        for row, method in p.merged.items()
-        for seed in range(min(p.seeds, method.seeds))
-        for case in _cases(study, halved, row, seed)
-    ]
+    cases = all_cases(study)
     study.train_all([member.config for candidates in cases for case in candidates for member in case.what.members])
     chosen = [_chosen(study, candidates) for candidates in cases]
     counted = [measure.measurement(partial(_weights, study, case.what), case.what, ()) for case in chosen]

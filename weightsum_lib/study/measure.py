@@ -23,13 +23,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weightsum_lib.core.keys import compact, overlap, widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
-from weightsum_lib.study.config import RunConfig
-from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, SHARED, TRAINED, Params
+from weightsum_lib.study.params import BASELINE, RANDOM, SHARED, TRAINED, Params
 from weightsum_lib.study.runs import Measurement, Study
 from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
 from weightsum_lib.study.train import logits_of
 
 SHARE, NARROW = 1 / 8, 64  # of random keys in the report's sums of strangers: k, and the room of narrow layers
+NEITHER = ("cifar10", "mnist inverted", "main")  # a third network that met neither: its task, its partner's, its role
+THIRDS = {
+    "MNIST's support": ("cifar10", "mnist", "support"),
+    "SVHN's support": ("cifar10", "svhn", "support"),
+    "met neither": NEITHER,
+    "met the images of both": ("cifar10", "mnist+svhn", "main"),
+}
+_JOINING = ("mnist", "svhn", NEITHER, "svhn inverted", "mnist turned", "svhn turned", "mnist inverted")
 _BATCH = 500  # test images whose own statistics the policy "batch" uses
 _BLOCK = 10  # neighbouring images that are drawn together: SVHN's share a house number
 _PLANE_IMAGES = 300  # to calibrate and to test one point of the plane: many points, little precision needed
@@ -112,33 +119,24 @@ def _rows(study: Study) -> Iterator[tuple[str, int]]:
     yield from ((m, s) for m in study.params.rows for s in study.params.seeds_of(m))
 
 
-def queue(study: Study) -> list[RunConfig]:
-    """The runs behind the report, in the order that makes a whole one early: a seed of all rows, the next, the parts.
-
-    Those of further tasks, which the page on the recipe sums too, are not among them; they are trained when it runs.
-    """
-    p, pairs = study.params, (("mnist", "cifar10"), ("svhn", "cifar10"))
-    by_seed = sorted(_rows(study), key=lambda row: row[1])
-    chosen = [RANDOM, ALONE, *[DISJOINT] * any(m.keys == "disjoint" for m in p.parts.values()), *p.parts]
-    parts = [(m, s) for s in p.choice_seeds_of(RANDOM) for m in chosen if s in p.choice_seeds_of(m)]
-    found = []
-    for method, seed in [*by_seed, *parts]:
-        for main, support in pairs:
-            if p.method(method).protocol == "sequential":
-                found += [study.config(method, main, support, seed, start) for start in _START]
-            else:
-                found += [member.config for member in pair_members(study, method, main, support, seed)]
-    return list(dict.fromkeys(found))
+def joining(p: Params) -> list:
+    """Networks of tasks with images of their own that are added one after another, as :func:`members` takes them."""
+    return [*_JOINING, ("cifar10 inverted", "mnist inverted", "main")] if p.choice_seeds else list(_JOINING[:3])
 
 
-_START = {"sum": "the sum", "main": "θ_main", "random": "random weights"}
+def joined_seeds(p: Params, method: str) -> range:
+    """The seeds of a row whose networks are added so."""
+    return p.seeds_of(method)[: max(1, p.choice_seeds) if method == RANDOM else 1]
+
+
+STARTS = {"sum": "the sum", "main": "θ_main", "random": "random weights"}
 
 
 def _pairs(study: Study, main: str, support: str) -> Iterator[Case]:
     task, both = "1" if main == "mnist" else "2", (main, support)
     for method, seed in _rows(study):
         if study.params.method(method).protocol == "sequential":
-            for start, words in _START.items():
+            for start, words in STARTS.items():
                 config, label = study.config(method, main, support, seed, start), f"{method}, from {words}"
                 yield Case(task, label, seed, "main", alone(Member(study.alone(config))), OWN, (main,))
                 yield Case(task, label, seed, "sum", alone(Member(config)), "per_task", both)
@@ -253,13 +251,13 @@ def curve(
     """
     cases, most = [], min(draws or study.params.draws, study.params.draws)
     for method in methods:
-        how = policy or headline_policy(study.params, method)
         for seed in study.params.seeds_of(method) if seeds is None else seeds:
             each, head = members(study, method, networks, seed), (str(len(networks)), method, seed)
             cases += _alone(head, each, split)
             random = study.params.method(method).keys == "random"
             for share, least, number in product(shares, narrow, range(most)) if random else [(None, 0, 0)]:
                 total = keyed(study, method, each, share, narrow=least, draw=number, **about)
+                how = policy or headline_policy(study.params, method)
                 cases.append(Case(*head, "sum", total, how, total.tasks, split))
     return frame(study, cases)
 
@@ -279,9 +277,8 @@ def room(
         used = 4 * sum(p.numel() for p in made(study, what).weights().values())
         for layer, size in keys[0].sizes.items():
             n = len(keys[0].positions[layer])
-            rows.append(
-                {"share": share, "layer": layer, "channels": n, "room": size, "shared": n * n / size, "used": used}
-            )
+            about = {"share": share, "layer": layer, "channels": n, "room": size}
+            rows.append(about | {"shared": n * n / size, "used": used})
     return pd.DataFrame(rows)
 
 
@@ -321,15 +318,19 @@ def ceilings(study: Study, first: str, second: str) -> pd.DataFrame:
 
     Policy ``union``; no rows where the parameter ``ceiling_seeds`` is 0.
     """
-    both, cases = (first, second), []
+    return frame(study, ceiling_cases(study, first, second))
+
+
+def ceiling_cases(study: Study, first: str, second: str) -> Iterator[Case]:
+    """The cases of :func:`ceilings`."""
+    both = (first, second)
     for seed in range(study.params.ceiling_seeds):
         one = Member(study.config(BASELINE, f"{first}+{second}", seed=seed))
         config = study.config(TRAINED, first, second, seed)
         config = replace(config, method=replace(config.method, symmetric=True))
         pair = Sum((Member(config, "main"), Member(config, "support")), both)
-        cases.append(Case("3", "one network trained on both", seed, "ceiling", alone(one), OWN, both))
-        cases.append(Case("3", "trained together, symmetric", seed, "ceiling", pair, "union", both))
-    return frame(study, cases)
+        yield Case("3", "one network trained on both", seed, "ceiling", alone(one), OWN, both)
+        yield Case("3", "trained together, symmetric", seed, "ceiling", pair, "union", both)
 
 
 def standin_worth(study: Study, name: str) -> pd.DataFrame:
