@@ -313,8 +313,9 @@ def test_the_queue_holds_every_run_behind_the_tables_a_seed_of_all_rows_first(st
     assert {member.config for member in [*further, *(m for case in cases for m in case.what.members)]} <= set(queue)
     assert len(set(queue)) == len(queue)
     two = Study(replace(study.params, seeds=2, choice_seeds=1))
-    seeds = [config.seed for config in plan.queue(two)]
+    rows = [c for c in plan.queue(two) if c.main == "mnist" and c.support in ("", "cifar10")]
+    seeds = [config.seed for config in rows]
     assert seeds == sorted(seeds) and set(seeds) == {0, 1, params.CHOICE}
-    parts = {config.method for config in plan.queue(two) if config.seed == params.CHOICE}
+    parts = {config.method for config in rows if config.seed == params.CHOICE}
     chosen = {"random keys", "keys alone", *two.params.parts}
     assert parts - {two.params.method("disjoint keys").trained()} == {two.params.method(m).trained() for m in chosen}
