@@ -33,7 +33,7 @@ import pandas as pd
 from IPython.display import Markdown
 
 from weightsum_lib.report import findings, plots, tables
-from weightsum_lib.study import measure, params
+from weightsum_lib.study import beside, measure, params
 from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, TRAINED
 from weightsum_lib.study.runs import Study
 
@@ -153,11 +153,12 @@ tables.shown(policy_table)
 # %% [markdown]
 # ## As others merge, and what is the ceiling
 #
-# The same two networks, trained apart (`independent`), merged by the methods of the literature; `union` throughout. The
-# last rows did meet: networks that were trained on both tasks.
+# The same two networks, trained apart (`independent`; task arithmetic and TIES: from a shared start), merged by the
+# methods of the literature; `union` throughout. Where a way has coefficients, validation images choose. *Random signs*
+# are told which task a test image is from. The last rows did meet: networks that were trained on both tasks.
 
 # %% tags=["hide-input"]
-merged = [measure.mergers(study, FIRST, SECOND), measure.ceilings(study, FIRST, SECOND)]
+merged = [beside.mergers(study, FIRST, SECOND), measure.ceilings(study, FIRST, SECOND)]
 merged_table = tables.table(tables.summarize(tables.wide(pd.concat(merged)), ["method", "tested"]), ["after"])
 merged_table = merged_table.rename(columns=lambda heading: heading.replace(": after the sum", ""))
 tables.shown(merged_table)

@@ -241,6 +241,26 @@ def test_channels_that_never_change_are_alike():
     torch.testing.assert_close(found, torch.eye(2, dtype=torch.float64).repeat(2, 2))
 
 
+def test_a_fisher_average_of_networks_that_feel_their_weights_alike_is_the_average():
+    a = network()
+    x = torch.rand(3, 3, 32, 32)
+    merged = merging.fisher_average([a, copy.deepcopy(a)], [x, x], torch.Generator().manual_seed(0))
+    for p, q in zip(merged.parameters(), a.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_a_fisher_average_by_hand():
+    a, b = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
+    a.weight.data, b.weight.data = torch.zeros(2, 2), torch.tensor([[8.0, 8.0], [8.0, 8.0]])
+    # logits are equal, so each class is drawn half of the time, and ∂ log p(y) / ∂ W = (1[c = y] − ½) x: F = ¼ x²
+    xs = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
+    found = [torch.tensor(x[0].tolist()).pow(2) for x in xs]
+    weights = [f / f.mean() for f in found]  # the factor ¼ falls out
+    merged = merging.fisher_average([a, b], xs, torch.Generator().manual_seed(0)).weight
+    torch.testing.assert_close(merged[0], 8 * weights[1] / (weights[0] + weights[1]), rtol=1e-4, atol=0)
+    assert torch.equal(merged[0], merged[1])
+
+
 def test_ties_by_hand():
     start, a, b = (torch.nn.Linear(2, 2, bias=False) for _ in range(3))
     for network, weight in ((start, [[1, 1], [1, 1]]), (a, [[4, 3], [1, 0.5]]), (b, [[6, -4], [2, 1]])):

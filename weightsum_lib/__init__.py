@@ -19,6 +19,7 @@ EXPORTS = {
     "activation_matching": "core.merging",
     "average": "core.merging",
     "correlations": "core.merging",
+    "fisher_average": "core.merging",
     "fold": "core.merging",
     "random_like": "core.merging",
     "random_signs": "core.merging",

@@ -335,6 +335,42 @@ def _gram_matrices(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
+def fisher_average(networks: Sequence[nn.Module], inputs: Sequence[Tensor], generator: torch.Generator) -> nn.Module:
+    """Fisher-weighted averaging, Matena and Raffel 2022: each weight counts as much as its network's output feels it.
+
+    θ = Σ Fᵢ θᵢ / Σ Fᵢ, with Fᵢ the diagonal of the Fisher information: the mean squared gradient of the log-likelihood
+    of labels that the network draws itself, here divided by its mean over all parameters and with a floor of 1e-6.
+
+    Args:
+        networks: in evaluation mode, with batch-norm statistics that fit their inputs.
+        inputs: network input (N, C, H, W), without labels, of each network's own task.
+        generator: of the labels, on the CPU.
+
+    Returns:
+        the merged network; its batch-norm statistics are to be re-estimated.
+    """
+    merged, found = average(networks), [_fisher(n, x, generator) for n, x in zip(networks, inputs, strict=True)]
+    for i, p in enumerate(merged.parameters()):
+        own = torch.stack([list(network.parameters())[i] for network in networks])
+        weights = torch.stack([fisher[i] for fisher in found])
+        p.copy_((weights * own).sum(0) / weights.sum(0))
+    return merged
+
+
+@torch.enable_grad()
+def _fisher(network: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
+    parameters = list(network.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    for image in x.split(1):
+        likely = network(image)[0].log_softmax(0)
+        label = torch.multinomial(likely.detach().exp().cpu(), 1, generator=generator).item()
+        for each, gradient in zip(total, torch.autograd.grad(likely[label], parameters), strict=True):
+            each += gradient**2
+    mean = sum(t.sum() for t in total) / sum(t.numel() for t in total)
+    return [t / mean + 1e-6 for t in total]
+
+
+@torch.no_grad()
 def random_like(network: nn.Module, fresh: nn.Module) -> nn.Module:
     """An untrained network whose layers have a trained one's norms: a partner that knows nothing.
 

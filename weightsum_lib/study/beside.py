@@ -1,4 +1,4 @@
-"""Beside others: two networks of five classes each, merged as the literature does and summed as this study does."""
+"""Beside others: two networks merged as the literature does it, of a dataset each or of five classes each."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,14 +9,15 @@ import pandas as pd
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.study import measure
 from weightsum_lib.study.measure import NARROW, SHARE, Case
-from weightsum_lib.study.params import ALONE, DISJOINT, RANDOM
+from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, SHARED, Method
 from weightsum_lib.study.runs import Study
 from weightsum_lib.study.sums import OWN, Member, Sum, keyed, made
 
 HALVES = ("classes 0-4", "classes 5-9")
 _UNSEEN = {"mnist": "cifar10", "svhn": "cifar10", "cifar10": "svhn"}  # the partner that is not the other half
 _ZIPS = ((1e-4, 0.075), (0.3, 0.125), (1.0, 1.0))  # α and β: two pairs of the authors', and without bounds
-ENSEMBLE, SIGNS, PART = "ensemble of logits", "random signs, told the half", "ZipIt!, first ⅔ of the layers"
+_STRANGER = "sum with random weights of the partner's norms"
+ENSEMBLE, SIGNS, PART = "ensemble of logits", "random signs, told the task", "ZipIt!, first ⅔ of the layers"
 _WAYS = {  # how a network is made, the batch-norm policy, and the coefficients of which validation images choose
     "sum": ("plain", "union", [()]),
     "sum, first ⅓ of the layers": ("stacked", "union", [(1 / 3,)]),
@@ -25,6 +26,7 @@ _WAYS = {  # how a network is made, the batch-norm policy, and the coefficients 
     "Git Re-Basin": ("rebasin", "union", [()]),
     "matching by activations": ("matched", "union", [()]),
     "RegMean": ("regmean", "union", [()]),
+    "Fisher average": ("fisher", "union", [()]),
     "ZipIt!": ("zipit", "union", [(1.0, *zips) for zips in _ZIPS]),
     PART: ("zipit", "union", [(2 / 3, *zips) for zips in _ZIPS]),
     SIGNS: ("signed", "per_task", [()]),
@@ -49,25 +51,27 @@ def _cases(study: Study, halved: str, row: str, seed: int) -> Iterator[list[Case
     partners = {"": halves[::-1]} if not joint else {", seen": halves[::-1]}
     if m.third != "none":
         partners[", unseen"] = (_UNSEEN[dataset],) * 2
-    ways = _FROM_A_START if m.start == "shared" and not joint else _WAYS
     for said, partner in partners.items():
         networks = [(half, beside, "main") for half, beside in zip(halves, partner, strict=True)]
         pair = tuple(_with_arch(member, arch) for member in measure.members(study, row, networks, seed))
         case = partial(Case, halved, row + said, seed)
-        for way, (how, policy, grid) in ways.items():
-            if m.third != "none" and way != ENSEMBLE:
-                continue  # trained for keys
-            if how == "signed":  # it knows which half a test image is from
-                for each in (pair, pair[::-1]):
-                    tasks = tuple(member.task for member in each)
-                    yield [case(way, Sum(each, tasks, how), policy, tasks[:1])]
-            else:
-                sums = [Sum(pair, halves, how, coefficients=coefficients) for coefficients in grid]
-                yield [case(way, what, policy, (dataset, *halves)) for what in sums]
+        tested = (dataset, *halves)
+        yield from (each for each in _merged(case, pair, tested, m) if m.third == "none" or each[0].network == ENSEMBLE)
         if m.keys != "none":
             total, policy = keyed(study, row, pair, SHARE, narrow=NARROW), measure.headline_policy(p, row)
             for number in range(p.draws if m.keys == "random" else 1):
-                yield [case(f"sum under {m.keys} keys", replace(total, draw=number), policy, (dataset, *halves))]
+                yield [case(f"sum under {m.keys} keys", replace(total, draw=number), policy, tested)]
+
+
+def _merged(case: partial, pair: tuple[Member, ...], tested: tuple[str, ...], m: Method) -> Iterator[list[Case]]:
+    tasks = tuple(member.task for member in pair)
+    ways = _FROM_A_START if m.start == "shared" and m.protocol != "joint" else _WAYS
+    for way, (how, policy, grid) in ways.items():
+        if how == "signed":  # it knows which task a test image is from
+            for each, ordered in ((pair, tasks), (pair[::-1], tasks[::-1])):
+                yield [case(way, Sum(each, ordered, how), policy, ordered[:1])]
+        else:
+            yield [case(way, Sum(pair, tasks, how, coefficients=c), policy, tested) for c in grid]
 
 
 def _with_arch(member: Member, arch: str) -> Member:
@@ -110,11 +114,30 @@ def frame(study: Study) -> pd.DataFrame:
 
 
 def _chosen(study: Study, candidates: list[Case]) -> Case:
-    """The candidate that gets most validation images of all classes right."""
+    """The candidate that gets most validation images right, of all classes or of all tasks."""
     if len(candidates) == 1:
         return candidates[0]
-    found = measure.frame(study, [replace(c, split="val", tested=c.tested[:1]) for c in candidates])
-    return candidates[int(found["accuracy"].argmax())]
+    what, tested = candidates[0].what, candidates[0].tested
+    on = tuple(name for name in tested if name not in what.tasks) or tested
+    found = measure.frame(study, [replace(c, split="val", tested=on) for c in candidates])
+    return candidates[int(found["accuracy"].to_numpy().reshape(len(candidates), -1).mean(1).argmax())]
+
+
+def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
+    """Task 3 by the methods of others, on networks trained apart, from one start (`shared start`) where a way wants it.
+
+    ``method`` is the way. A partner with random weights of equal norms stands in for each network in turn.
+    """
+    p, both, cases = study.params, (first, second), []
+    for row in [row for row in (BASELINE, SHARED) if row in p.rows]:
+        for seed in p.seeds_of(row):
+            pair, case = tuple(measure.members(study, row, both, seed)), partial(Case, "3", row, seed)
+            cases += [_chosen(study, each) for each in _merged(case, pair, both, p.method(row))]
+            if row == BASELINE:
+                swapped = ((each, each[0].task) for each in (pair, pair[::-1]))
+                cases += [case(_STRANGER, Sum(each, both, "stranger"), "union", (task,)) for each, task in swapped]
+    once = [case for case in cases if case.method == BASELINE or case.network != ENSEMBLE]
+    return measure.frame(study, [replace(case, method=case.network, network="merged") for case in once])
 
 
 def _weights(study: Study, what: Sum) -> float:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weightsum_lib.core.keys import compact, overlap, widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
-from weightsum_lib.study.params import BASELINE, RANDOM, SHARED, TRAINED, Params
+from weightsum_lib.study.params import BASELINE, RANDOM, TRAINED, Params
 from weightsum_lib.study.runs import Measurement, Study
 from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
 from weightsum_lib.study.train import logits_of
@@ -280,37 +280,6 @@ def room(
             about = {"share": share, "layer": layer, "channels": n, "room": size}
             rows.append(about | {"shared": n * n / size, "used": used})
     return pd.DataFrame(rows)
-
-
-_STRANGER = "sum with random weights of the partner's norms"
-_MERGERS = {  # row of the profile: label, how, and coefficients
-    BASELINE: [
-        ("sum", "plain", ()),
-        ("average", "average", ()),
-        ("Git Re-Basin, then average", "rebasin", ()),
-        ("RegMean", "regmean", ()),
-        ("ensemble of logits", "ensemble", ()),
-    ],
-    SHARED: [(f"task arithmetic from a shared start, × {scale:g}", "arithmetic", (scale,)) for scale in (0.5, 1.0)],
-}
-
-
-def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
-    """Task 3 by the methods of others, on networks trained apart; policy ``union``, of the ensemble ``own``.
-
-    Task arithmetic takes the row `shared start`, where the profile has it. A partner with random weights of equal
-    norms stands in for each network in turn.
-    """
-    both, cases = (first, second), []
-    for row, seed in _rows(study):
-        pair = tuple(members(study, row, both, seed)) if row in _MERGERS else ()
-        found = [(label, pair, how, scales, both) for label, how, scales in _MERGERS.get(row, ())]
-        if row == BASELINE:
-            found += [(_STRANGER, p, "stranger", (), (p[0].task,)) for p in (pair, pair[::-1])]
-        for label, merged, how, scales, tested in found:
-            what = Sum(merged, both, how, coefficients=scales)
-            cases.append(Case("3", label, seed, "merged", what, OWN if how == "ensemble" else "union", tested))
-    return frame(study, cases)
 
 
 def ceilings(study: Study, first: str, second: str) -> pd.DataFrame:

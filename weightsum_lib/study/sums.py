@@ -183,6 +183,13 @@ def regmean(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     return merging.regmean(_calibrated(study, what, networks), images)
 
 
+def fisher(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
+    """Fisher-weighted averaging, on each network's own training images."""
+    images = [normalize(calibration_images(study, [m.task])) for m in what.members]
+    generator = torch.Generator().manual_seed(what.members[0].config.stream("main", "labels"))
+    return merging.fisher_average(_calibrated(study, what, networks), images, generator)
+
+
 def stranger(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """The first network plus random weights of the second one's norms."""
     config = what.members[1].config
