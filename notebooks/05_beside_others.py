@@ -39,16 +39,24 @@ TARGETS = {(beside.PART, ALONE): 0, (beside.ENSEMBLE, SUM[1]): -1}  # points tha
 p = params.from_notebook(globals())  # to explore the networks that `make all` trained: params.read("quick")
 study = Study(p)
 plots.use_style()
-frame = beside.frame(study)
-Markdown(tables.data_notice(study.describe_data()))
-
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved and each architecture; the dashed line is the best ensemble. The table below holds the numbers."}}
-found = frame.rename(columns={"network": "way", "method": "networks", "accuracy": "after"})
+found = beside.frame(study).rename(columns={"network": "way", "method": "networks", "accuracy": "after"})
 found["tested"] = found["tested"].str.partition(" ")[2].replace("", ALL)
 found = found.set_index(["task", "way", "networks", "tested", "seed"])[["after", "weights"]]
 summary = tables.summarize(found, ["task", "way", "networks", "tested"])
 of_all = summary.xs(ALL, level="tested").loc[p.halves]
 after, way = of_all["after"], of_all.index.get_level_values("way")
+by_seed = found["after"].groupby(found.index.names, sort=False).mean().xs(ALL, level="tested").unstack("seed")
+finding = ""
+for halved in p.halves:
+    finding += f"{tables.title(halved)}: the sum reads {after[(halved, *SUM)]} % of all ten classes"
+    for other, least in TARGETS.items():
+        points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
+        target = f"target at least {least:+d}: {findings.judge(points, least)}".replace("-", "−")
+        finding += f"; its difference to {' of '.join(other)} is {points} points ({target})"
+    finding += ". "
+Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
+
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved and each architecture; the dashed line is the best ensemble. The table below holds the numbers."}}
 of_others = after[~way.str.contains("under|ensemble|told")].loc[p.halves[0]]
 best = of_others.map(lambda cell: cell.mean).idxmax()
 plots.merged(
@@ -89,15 +97,6 @@ tables.shown(table, marked=["sum under random keys", "sum under disjoint keys"])
 # target is reached or missed if the whole 95 % interval over seeds says so, else undecided.
 
 # %% tags=["hide-input"]
-by_seed = found["after"].groupby(found.index.names, sort=False).mean().xs(ALL, level="tested").unstack("seed")
-finding = ""
-for halved in p.halves:
-    finding += f"{tables.title(halved)}: the sum reads {after[(halved, *SUM)]} % of all ten classes"
-    for other, least in TARGETS.items():
-        points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
-        target = f"target at least {least:+d}: {findings.judge(points, least)}".replace("-", "−")
-        finding += f"; its difference to {' of '.join(other)} is {points} points ({target})"
-    finding += ". "
 intervals = {".".join(map(params.slug, at)): cell for at, cell in after.items()}
 tables.save(NOTEBOOK, study, {"finding": finding}, {"merged": table}, intervals=intervals)
 Markdown(finding)

@@ -1,7 +1,9 @@
-"""JupyterLab in a real browser: a notebook is opened, all of it runs, nothing fails, and a figure is there."""
+"""Notebooks by hand: in JupyterLab, in a real browser, and with their cells in any order."""
 
 import json
 import os
+import random
+import re
 import shutil
 import socket
 import subprocess
@@ -12,8 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jupytext
+import nbclient
+import nbformat
 import pytest
 import websocket
+
+from weightsum_lib import run
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -90,13 +96,47 @@ def answer_of(port):
     return urllib.request.urlopen(f"http://127.0.0.1:{port}/json", timeout=10).read()
 
 
+def tiny_notebook(name, folder):
+    """A notebook whose studies are tiny and kept in a folder."""
+    notebook = jupytext.read(ROOT / "notebooks" / f"{name}.py")
+    for knobs in [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]:
+        knobs.source += f"\nresults_dir = {str(folder)!r}\n{TINY}\ndevice = 'cpu'"
+    return notebook
+
+
+def outputs(cells):
+    """What cells show; a table's random id is left out."""
+    shown = [output.get("data", output) for cell in cells for output in cell.outputs if output.output_type != "stream"]
+    return [re.sub(r"T_[0-9a-f]{5}", "T_", json.dumps(each, sort_keys=True)) for each in shown]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.hard
+@pytest.mark.parametrize("name", run.notebook_names())
+def test_cells_that_ran_in_any_order_and_again_show_the_same_in_order(name, results):
+    notebook = tiny_notebook(name, results)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    found = []
+    for order in (code, random.Random(name).sample(code, len(code)) + code + code):
+        notebook.cells = [nbformat.v4.new_code_cell(cell.source) for cell in order]
+        options = {"timeout": 1200, "kernel_name": "python3", "allow_errors": True}
+        nbclient.NotebookClient(notebook, resources={"metadata": {"path": str(ROOT)}}, **options).execute()
+        found.append(notebook.cells)
+    (once, again), n = found, len(code)
+    assert not [output for cell in once for output in cell.outputs if output.output_type == "error"]
+    assert outputs(once) == outputs(again[n : 2 * n]) == outputs(again[2 * n :])
+    wrong = [output for cell in again[:n] for output in cell.outputs if output.output_type == "error"]
+    assert {output.ename for output in wrong} <= {"NameError"}  # it names what its cell above would have made
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_a_notebook_runs_in_jupyterlab_in_a_browser(tmp_path):
     name = "01_mnist_cifar10"
-    notebook = jupytext.read(ROOT / "notebooks" / f"{name}.py")
-    (knobs,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    knobs.source += f"\nresults_dir = {str(tmp_path / 'results')!r}\n{TINY}\ndevice = 'cpu'"
-    jupytext.write(notebook, tmp_path / f"{name}.ipynb")
+    jupytext.write(tiny_notebook(name, tmp_path / "results"), tmp_path / f"{name}.ipynb")
     port, devtools = free_port(), free_port()
     lab = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0"]
     lab += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp_path}"]
