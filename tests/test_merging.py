@@ -270,8 +270,9 @@ def test_ties_by_hand():
     assert merged.weight.tolist() == [[1 + 10 * 4, 1 - 10 * 5], [1, 1]]
 
 
-def test_ties_without_trimming_and_conflict_is_task_arithmetic():
-    start, a, b = network(), network(), network()
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_ties_without_trimming_and_conflict_is_task_arithmetic(layout):
+    start, a, b = (network().to(memory_format=layout) for _ in range(3))
     with torch.no_grad():
         for s, p, q in zip(*(n.parameters() for n in (start, a, b)), strict=True):
             q.copy_(s + 2 * (p - s))

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 
 from weightsum_lib.core.keys import Channels, Key, deal, embed, tensors_of, widen, with_tensors
 from weightsum_lib.core.weights import WeightSum
@@ -56,8 +56,9 @@ def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, ke
     Returns:
         the merged network; its batch-norm statistics are to be re-estimated.
     """
-    merged, origin = copy.deepcopy(start).eval(), parameters_to_vector(start.parameters())
-    found = torch.stack([parameters_to_vector(n.parameters()) - origin for n in networks])
+    merged = copy.deepcopy(start).eval()
+    origin, *ends = (torch.cat([p.flatten() for p in n.parameters()]) for n in (start, *networks))
+    found = torch.stack(ends) - origin
     smallest = found.abs().sort(descending=True).values[:, [max(1, round(keep * len(origin))) - 1]]
     found *= found.abs() >= smallest
     found *= found.sign() == found.sum(0).sign()
