@@ -149,8 +149,7 @@ plots.by_draw(
 # made in this way: on validation images, with seeds that no table of test images has. Differences are paired by seed.
 
 # %% tags=["hide-input"]
-PARTS = [m for m in p.parts if p.method(m).keys == "random"]
-parts = measure.curve(study, [RANDOM, ALONE, *PARTS], BOTH, **choosing)
+parts = measure.curve(study, [RANDOM, ALONE, *p.parts_with("random")], BOTH, **choosing)
 of_parts = tables.wide(parts)
 part_table = tables.by_task(
     tables.against(of_parts, RANDOM, ["before", "ensemble", "after", "kept"]),
@@ -234,8 +233,13 @@ tables.shown(three_table)
 # them. Three networks, none of which has met another, on validation images; differences are paired by seed.
 
 # %% tags=["hide-input"]
-LOUD = [DISJOINT, *(m for m in p.parts if p.method(m).keys == "disjoint")]
-loud = measure.curve(study, LOUD, [*BOTH, measure.NEITHER], split="val", seeds=p.choice_seeds_of(DISJOINT))
+loud = measure.curve(
+    study,
+    [DISJOINT, *p.parts_with("disjoint")],
+    [*BOTH, measure.NEITHER],
+    split="val",
+    seeds=p.choice_seeds_of(DISJOINT),
+)
 columns = ["before", "ensemble", "after", "kept"]
 loud_table = tables.by_task(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
 tables.shown(loud_table, marked=[DISJOINT])

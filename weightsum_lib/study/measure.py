@@ -251,13 +251,13 @@ def curve(
     """
     cases, most = [], min(draws or study.params.draws, study.params.draws)
     for method in methods:
+        how = policy or headline_policy(study.params, method)
         for seed in study.params.seeds_of(method) if seeds is None else seeds:
             each, head = members(study, method, networks, seed), (str(len(networks)), method, seed)
             cases += _alone(head, each, split)
             random = study.params.method(method).keys == "random"
             for share, least, number in product(shares, narrow, range(most)) if random else [(None, 0, 0)]:
                 total = keyed(study, method, each, share, narrow=least, draw=number, **about)
-                how = policy or headline_policy(study.params, method)
                 cases.append(Case(*head, "sum", total, how, total.tasks, split))
     return frame(study, cases)
 

@@ -156,6 +156,10 @@ class Params:
         """The seeds of a row: 0, 1, …, as many as the profile and the method allow."""
         return range(min(self.seeds, self.method(label).seeds))
 
+    def parts_with(self, keys: str) -> list[str]:
+        """The parts whose keys are of a kind."""
+        return [label for label in self.parts if self.method(label).keys == keys]
+
     def choice_seeds_of(self, label: str) -> range:
         """The seeds with which parts are compared, on validation images: where there are any, none of the tables'."""
         return range(CHOICE, CHOICE + min(self.choice_seeds, self.method(label).seeds)) or self.seeds_of(label)
