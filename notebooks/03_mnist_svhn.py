@@ -154,8 +154,9 @@ tables.shown(policy_table)
 # ## As others merge, and what is the ceiling
 #
 # The same two networks, trained apart (`independent`; task arithmetic and TIES: from a shared start), merged by the
-# methods of the literature; `union` throughout. Where a way has coefficients, validation images choose. *Random signs*
-# are told which task a test image is from. The last rows did meet: networks that were trained on both tasks.
+# methods of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks their
+# `own`; of *random signs*, which are told which task a test image is from, `per_task`. Where a way has coefficients,
+# validation images choose. The last rows did meet: networks that were trained on both tasks.
 
 # %% tags=["hide-input"]
 merged = [beside.mergers(study, FIRST, SECOND), measure.ceilings(study, FIRST, SECOND)]

@@ -17,7 +17,8 @@
 # plainly* (`keys alone`), those that are `quiet alone` on the other half's images as in the nearest work (Caso et al.
 # 2026), also with nine tenths of their weights pruned from a shared start, and this study's. These were trained beside
 # a network that learns the other half (*seen*: its images, and through the loss of the sum its classes), or beside one
-# of another dataset (*unseen*: what a network says to classes that it never saw is then an open-set problem).
+# of another dataset (*unseen*: what a network says to classes that it never saw is then an open-set problem). Where a
+# ResNet-20 is there too, it answers whether the finding needs a VGG, by the rows for that alone.
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -94,7 +95,7 @@ tables.shown(table, marked=["sum under random keys", "sum under disjoint keys"])
 #
 # For the sum under disjoint keys of networks that have not seen the other half: does it read more than what ZipIt! makes
 # of the first layers of networks trained plainly, and no more than a point less than the ensemble of their logits? A
-# target is reached or missed if the whole 95 % interval over seeds says so, else undecided.
+# target is reached or missed if the whole 95 % interval over seeds says so, else undecided; one seed decides nothing.
 
 # %% tags=["hide-input"]
 intervals = {".".join(map(params.slug, at)): cell for at, cell in after.items()}

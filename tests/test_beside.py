@@ -1,5 +1,6 @@
 """The page beside others: the cases it is made of, and numbers of it by hand."""
 
+import pandas as pd
 import pytest
 import torch
 from conftest import tiny_params
@@ -97,8 +98,26 @@ def test_validation_images_choose_the_coefficients(study, frame, way):
     assert accuracy(tested, tested="mnist") == of_all
 
 
+def test_what_gets_most_validation_images_right_on_the_mean_of_the_tasks_is_chosen(study, monkeypatch):
+    found = {(0.2,): (90, 10), (0.3,): (60, 50), (0.5,): (70, 30)}
+    sums = [beside.Sum((), ("mnist", "svhn"), coefficients=c) for c in found]
+    candidates = [measure.Case("3", "a row", 0, "TIES", what, "union", ("mnist", "svhn")) for what in sums]
+
+    def frame(study, cases):
+        assert {case.split for case in cases} == {"val"}
+        return pd.DataFrame({"accuracy": [n for case in cases for n in found[case.what.coefficients]]})
+
+    monkeypatch.setattr(measure, "frame", frame)
+    assert beside._chosen(study, candidates).what.coefficients == (0.3,)
+
+
+def test_another_network_has_the_rows_that_say_whether_the_finding_needs_a_vgg(study):
+    assert list(beside._cases(study, "mnist", "shared start, keyed size", 0))
+    assert not list(beside._cases(study, "mnist resnet20", "shared start, keyed size", 0))
+
+
 def test_the_weights_of_what_is_merged_are_counted(frame):
-    weights = frame.groupby("network")["weights"].mean()
+    weights = frame[frame["method"] != "shared start, keyed size"].groupby("network")["weights"].mean()
     for way, wanted in {"average": 1, "sum": 1, "RegMean": 1, beside.ENSEMBLE: 2, "sum under disjoint keys": 2}.items():
         assert weights[way] == pytest.approx(wanted, abs=0.02), way
     assert 1.5 < weights[beside.PART] < 2

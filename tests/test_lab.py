@@ -105,9 +105,9 @@ def tiny_notebook(name, folder):
 
 
 def outputs(cells):
-    """What cells show; a table's random id is left out."""
+    """What cells show; a table's random id and address are left out."""
     shown = [output.get("data", output) for cell in cells for output in cell.outputs if output.output_type != "stream"]
-    return [re.sub(r"T_[0-9a-f]{5}", "T_", json.dumps(each, sort_keys=True)) for each in shown]
+    return [re.sub(r"T_[0-9a-f]{5}| at 0x[0-9a-f]+", "", json.dumps(each, sort_keys=True)) for each in shown]
 
 
 @pytest.fixture(scope="module")

@@ -255,7 +255,8 @@ def test_the_worth_of_a_standin_is_that_of_a_network_which_saw_no_other_image(st
 
 def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
     frame = beside.mergers(study, "mnist", "svhn")
-    ways = {*beside._WAYS, *beside._FROM_A_START, "sum with random weights of the partner's norms"}
+    ways = {*beside._WAYS, *(f"{way}, shared start" for way in beside._FROM_A_START)}
+    ways.add("sum with random weights of the partner's norms")
     assert set(frame["method"]) == ways
     assert (frame.groupby("method")["tested"].apply(sorted).map(tuple) == ("mnist", "svhn")).all()
     same = {"method": "independent", "tested": "mnist"}
@@ -270,7 +271,7 @@ def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
         return [percent(study, network, name, images, split) for name in ("mnist", "svhn")]
 
     best = max((0.2, 0.3, 0.5), key=lambda scale: sum(scaled(scale, "val")))  # the first of equal ones, as there
-    found = [one(frame, method="task arithmetic", tested=name) for name in ("mnist", "svhn")]
+    found = [one(frame, method="task arithmetic, shared start", tested=name) for name in ("mnist", "svhn")]
     assert found == scaled(best, "test")
     ceilings = measure.ceilings(study, "mnist", "svhn")
     assert len(ceilings) == 2 * 2 * study.params.ceiling_seeds

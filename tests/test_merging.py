@@ -241,24 +241,37 @@ def test_channels_that_never_change_are_alike():
     torch.testing.assert_close(found, torch.eye(2, dtype=torch.float64).repeat(2, 2))
 
 
-def test_a_fisher_average_of_networks_that_feel_their_weights_alike_is_the_average():
-    a = network()
-    x = torch.rand(3, 3, 32, 32)
-    merged = merging.fisher_average([a, copy.deepcopy(a)], [x, x], torch.Generator().manual_seed(0))
-    for p, q in zip(merged.parameters(), a.parameters(), strict=True):
-        torch.testing.assert_close(p, q)
+def linear(*rows):
+    layer = torch.nn.Linear(len(rows[0]), len(rows), bias=False)
+    layer.weight.data = torch.tensor(rows, dtype=torch.float32)
+    return layer
+
+
+def test_a_fisher_average_of_equal_fishers_is_the_average_with_their_coefficients():
+    a, b, x = linear([1, 2], [3, -1]), linear([2, 3], [4, 0]), torch.randn(5, 2)  # equal logits but for a constant
+    for coefficients, wanted in ((None, 0.5), ((0.2, 0.8), 0.8)):
+        merged = merging.fisher_average([a, b], [x, x], coefficients)
+        torch.testing.assert_close(merged.weight, a.weight + wanted)
 
 
 def test_a_fisher_average_by_hand():
-    a, b = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)
-    a.weight.data, b.weight.data = torch.zeros(2, 2), torch.tensor([[8.0, 8.0], [8.0, 8.0]])
-    # logits are equal, so each class is drawn half of the time, and ∂ log p(y) / ∂ W = (1[c = y] − ½) x: F = ¼ x²
-    xs = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0]])
-    found = [torch.tensor(x[0].tolist()).pow(2) for x in xs]
-    weights = [f / f.mean() for f in found]  # the factor ¼ falls out
-    merged = merging.fisher_average([a, b], xs, torch.Generator().manual_seed(0)).weight
-    torch.testing.assert_close(merged[0], 8 * weights[1] / (weights[0] + weights[1]), rtol=1e-4, atol=0)
-    assert torch.equal(merged[0], merged[1])
+    a, b = linear([0.5, 0], [0, 1]), linear([8, 7], [6, 5])
+    xs = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[0.3, 0.1], [-0.2, 0.4]])
+    found = []
+    for network, x in zip((a, b), xs, strict=True):
+        p = network(x).softmax(1)  # Σ_c p_c ((1[c = k] − p_k) x_j)² = p_k (1 − p_k) x_j²
+        fisher = torch.stack([(p * (1 - p))[i][:, None] * x[i] ** 2 for i in range(2)]).mean(0).detach()
+        found.append(fisher / fisher.norm())
+    merged = merging.fisher_average([a, b], xs).weight
+    torch.testing.assert_close(merged, (found[0] * a.weight + found[1] * b.weight) / (found[0] + found[1]))
+
+
+def test_a_fisher_average_of_networks_without_doubts_or_gradients():
+    sure = linear([1e4, 0], [0, 1e4])
+    torch.testing.assert_close(merging.fisher_average([sure, sure], [torch.eye(2)] * 2).weight, sure.weight)
+    sure.weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="'weight' requires no gradient"):
+        merging.fisher_average([sure, sure], [torch.eye(2)] * 2)
 
 
 def test_ties_by_hand():

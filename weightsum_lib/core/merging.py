@@ -336,39 +336,48 @@ def _gram_matrices(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fisher_average(networks: Sequence[nn.Module], inputs: Sequence[Tensor], generator: torch.Generator) -> nn.Module:
+def fisher_average(
+    networks: Sequence[nn.Module], inputs: Sequence[Tensor], coefficients: Sequence[float] | None = None
+) -> nn.Module:
     """Fisher-weighted averaging, Matena and Raffel 2022: each weight counts as much as its network's output feels it.
 
-    θ = Σ Fᵢ θᵢ / Σ Fᵢ, with Fᵢ the diagonal of the Fisher information: the mean squared gradient of the log-likelihood
-    of labels that the network draws itself, here divided by its mean over all parameters and with a floor of 1e-6.
+    θ = Σ λᵢ Fᵢ θᵢ / Σ λᵢ Fᵢ, with Fᵢ the diagonal of the Fisher information, the mean over images of
+    Σ_c p_c (∇ log p_c)², at least 1e-6 and then of norm 1 (their code has that floor for one network of the two).
 
     Args:
         networks: in evaluation mode, with batch-norm statistics that fit their inputs.
         inputs: network input (N, C, H, W), without labels, of each network's own task.
-        generator: of the labels, on the CPU.
+        coefficients: λᵢ; by default equal.
 
     Returns:
         the merged network; its batch-norm statistics are to be re-estimated.
+
+    Raises:
+        ValueError: a parameter that requires no gradient; it is named.
     """
-    merged, found = average(networks), [_fisher(n, x, generator) for n, x in zip(networks, inputs, strict=True)]
-    for i, p in enumerate(merged.parameters()):
-        own = torch.stack([list(network.parameters())[i] for network in networks])
-        weights = torch.stack([fisher[i] for fisher in found])
-        p.copy_((weights * own).sum(0) / weights.sum(0))
+    merged, found = average(networks), [_fisher(n, x) for n, x in zip(networks, inputs, strict=True)]
+    shares = coefficients or [1.0] * len(networks)
+    for name, p in merged.named_parameters():
+        weights = [share * fisher[name] for share, fisher in zip(shares, found, strict=True)]
+        p.copy_(sum(w * n.get_parameter(name) for w, n in zip(weights, networks, strict=True)) / sum(weights))
     return merged
 
 
 @torch.enable_grad()
-def _fisher(network: nn.Module, x: Tensor, generator: torch.Generator) -> list[Tensor]:
-    parameters = list(network.parameters())
-    total = [torch.zeros_like(p) for p in parameters]
+def _fisher(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    parameters = dict(network.named_parameters())
+    if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
+        raise ValueError(f"'{frozen[0]}' requires no gradient, so nothing says how much it is felt; unfreeze it")
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for image in x.split(1):
         likely = network(image)[0].log_softmax(0)
-        label = torch.multinomial(likely.detach().exp().cpu(), 1, generator=generator).item()
-        for each, gradient in zip(total, torch.autograd.grad(likely[label], parameters), strict=True):
-            each += gradient**2
-    mean = sum(t.sum() for t in total) / sum(t.numel() for t in total)
-    return [t / mean + 1e-6 for t in total]
+        for log in likely:
+            gradients = torch.autograd.grad(log, list(parameters.values()), retain_graph=True)
+            for each, gradient in zip(total.values(), gradients, strict=True):
+                each += log.detach().exp() * gradient**2 / len(x)
+    total = {name: fisher.clamp(min=1e-6) for name, fisher in total.items()}
+    norm = sum(fisher.square().sum() for fisher in total.values()).sqrt()
+    return {name: fisher / norm for name, fisher in total.items()}
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ _WAYS = {  # how a network is made, the batch-norm policy, and the coefficients 
     "Git Re-Basin": ("rebasin", "union", [()]),
     "matching by activations": ("matched", "union", [()]),
     "RegMean": ("regmean", "union", [()]),
-    "Fisher average": ("fisher", "union", [()]),
+    "Fisher average": ("fisher", "union", [(0.1,), (0.3,), (0.5,), (0.7,), (0.9,)]),
     "ZipIt!": ("zipit", "union", [(1.0, *zips) for zips in _ZIPS]),
     PART: ("zipit", "union", [(2 / 3, *zips) for zips in _ZIPS]),
     SIGNS: ("signed", "per_task", [()]),
@@ -35,7 +35,7 @@ _WAYS = {  # how a network is made, the batch-norm policy, and the coefficients 
 _FROM_A_START = {
     "task arithmetic": ("arithmetic", "union", [(0.2,), (0.3,), (0.5,)]),
     "TIES": ("ties", "union", [(0.3,), (0.5,), (1.0,)]),
-    ENSEMBLE: _WAYS[ENSEMBLE],
+    **{way: _WAYS[way] for way in ("average", "RegMean", "Fisher average", ENSEMBLE)},
 }
 # What others report of CIFAR-10 cut so (Stoica et al. 2024), percent of all ten classes; their targets are text.
 PUBLISHED_NETWORK = "published: ResNet-20, width 4"
@@ -124,9 +124,10 @@ def _chosen(study: Study, candidates: list[Case]) -> Case:
 
 
 def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
-    """Task 3 by the methods of others, on networks trained apart, from one start (`shared start`) where a way wants it.
+    """Task 3 by the methods of others, on networks trained apart, and on those from one start (`shared start`).
 
-    ``method`` is the way. A partner with random weights of equal norms stands in for each network in turn.
+    ``method`` is the way, and whether from a shared start. A partner with random weights of equal norms stands in for
+    each network in turn.
     """
     p, both, cases = study.params, (first, second), []
     for row in [row for row in (BASELINE, SHARED) if row in p.rows]:
@@ -136,8 +137,9 @@ def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
             if row == BASELINE:
                 swapped = ((each, each[0].task) for each in (pair, pair[::-1]))
                 cases += [case(_STRANGER, Sum(each, both, "stranger"), "union", (task,)) for each, task in swapped]
-    once = [case for case in cases if case.method == BASELINE or case.network != ENSEMBLE]
-    return measure.frame(study, [replace(case, method=case.network, network="merged") for case in once])
+    labels = [case.network + ", shared start" * (case.method == SHARED) for case in cases]
+    named = [replace(case, method=label, network="merged") for case, label in zip(cases, labels, strict=True)]
+    return measure.frame(study, named)
 
 
 def _weights(study: Study, what: Sum) -> float:

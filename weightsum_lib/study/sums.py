@@ -26,6 +26,7 @@ POLICIES = {
     "per_task": "training images of the tested task; presumes to know which task a test image is from",
     "batch": "the test batch's own, all of one task; needs many test images at once and presumes their task",
 }
+_FISHER_IMAGES = 200  # each takes ten gradients
 _OF_KEYS = ("narrow", "only", "draw")  # fields that say something of random keys
 OWN = "own"  # of a network that is not summed: training images of its own task, whatever it is tested on
 
@@ -184,10 +185,10 @@ def regmean(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
 
 
 def fisher(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
-    """Fisher-weighted averaging, on each network's own training images."""
-    images = [normalize(calibration_images(study, [m.task])) for m in what.members]
-    generator = torch.Generator().manual_seed(what.members[0].config.stream("main", "labels"))
-    return merging.fisher_average(_calibrated(study, what, networks), images, generator)
+    """Fisher-weighted averaging, on some of each network's own training images; the coefficient: the first one's λ."""
+    images = [normalize(calibration_images(study, [m.task]))[:_FISHER_IMAGES] for m in what.members]
+    share = what.coefficients[0]
+    return merging.fisher_average(_calibrated(study, what, networks), images, (share, 1 - share))
 
 
 def stranger(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
