@@ -160,8 +160,8 @@ def test_narrow_layers_get_the_room_of_wider_ones(study):
     key = sums.keyed(study, "random keys", members, 1 / 8, narrow=16).key_of(0)
     for group, size in key.channels.sizes.items():
         assert key.sizes[group] == 8 * max(size, 16), group
-    rows = measure.room(study, "random keys", ("mnist", "svhn"), [1 / 8], narrow=16).set_index("layer")
-    assert rows.loc["features.conv1_1", "shared"] == 1 / (8 * 16) and (rows["room"] >= 8 * 16).all()
+    rows = measure.room(study, "random keys", ("mnist", "svhn"), [1 / 8]).set_index("layer")
+    assert rows.loc["features.conv1_1", "shared"] == 1 / (8 * 64) and (rows["room"] >= 8 * 64).all()
 
 
 def test_keys_that_are_random_in_one_layer_are_disjoint_in_all_others(study):

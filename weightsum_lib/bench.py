@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils import benchmark
 from torch.utils.data import DataLoader, default_collate
 
-from weightsum_lib import run
+from weightsum_lib import run, scale
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.report import plots
 from weightsum_lib.report.tables import Interval, as_json, span
@@ -241,7 +241,7 @@ def write(steps: pd.DataFrame, content: dict, folder: Path, earlier: dict | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: measure, print the tables, and write ``results/bench.json`` and ``bench.png``."""
+    """The command line: measure, print the tables, write ``bench.json``, ``bench.png``, ``scale.json`` in results."""
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.bench", description=__doc__)
     parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
     try:
@@ -256,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     steps, content = measure(settings, device)
     folder = store.ROOT / params.read("quick").results_dir
     path = write(steps, content, folder, store.read_json(run.bench_files(folder / "quick")[0]))
-    for name, table in content["tables"].items():
+    larger = scale.cluster(device.type)
+    store.write_json(folder / "scale.json", larger)
+    for name, table in (content["tables"] | larger["tables"]).items():
         print(f"\n{name}\n{pd.DataFrame(table['rows'], columns=table['columns']).to_string(index=False)}")
     print(f"\n{content['values']['finding']}\n{path}")
     return 0

@@ -52,9 +52,7 @@ def check(p: Params) -> None:
         data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, folder)
 
 
-@functools.lru_cache
-def _sha256(path: Path, size: int, changed: int) -> str:
-    return store.file_sha256(path)
+_sha256 = functools.lru_cache(lambda path, size, changed: store.file_sha256(path))
 
 
 def _digests(*paths: Path) -> dict[str, str]:
@@ -139,7 +137,6 @@ def _run(name: str, p: Params, target: Path) -> str:
     options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}
     options["shutdown_kernel"] = "immediate"  # an interrupt ends it at once
     with store.replaced(target) as temporary:
-        nbformat.write(notebook, temporary)
         try:
             papermill.execute_notebook(notebook, temporary, values, **options)
         except papermill.PapermillExecutionError as failure:
@@ -192,15 +189,6 @@ def _progress_shown(path: Path, name: str) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def own_kernel() -> None:
-    """Make Jupyter find this environment's ``python3`` kernel before any other on the machine."""
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"
-    os.environ.pop("JUPYTER_PATH", None)
-    spec = Path(sys.prefix) / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
-    if not spec.exists():
-        raise RunError(f"no kernel at {spec}; install ipykernel into this environment: `make setup`")
-
-
 def _cells(path: Path) -> list | None:
     """The cells of a notebook of either form; None where it can't be read."""
     import jupytext
@@ -244,7 +232,7 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
             what = f"{younger} has other cells than its .py, which is what runs"
             raise RunError(f"{what}. Keep the edit (jupytext --sync {younger}) or delete that file")
         print(f"{older} has other cells than its .py, which is younger and runs")
-    own_kernel()
+    os.environ["JUPYTER_PATH"] = str(Path(sys.prefix) / "share" / "jupyter")  # its python3 kernel before any other
     store.sweep(folder.parent)
     for name in names if again else ():
         (folder / f"{name}.stamp.json").unlink(missing_ok=True)
@@ -269,9 +257,8 @@ def train(p: Params, only_plan: bool) -> None:
         for number, config in enumerate(missing, start=1):
             hours += study.hours(config)
             print(f"{number:4d}  {hours:6.2f} h  {config.describe()}", flush=True)
-        print(
-            f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} hours of one core; {study.at_once()} at once"
-        )
+        said = f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} hours of one core"
+        print(f"{said}; {study.at_once()} at once")
     elif subprocess.run(["git", "status", "--porcelain", str(params.CLAIMS)], **_SAID).stdout.strip():
         raise RunError("params/claims.yaml has changes: what a run is held to is committed before it is trained")
     else:
@@ -328,9 +315,8 @@ def bench_files(folder: Path) -> list[Path]:
     Args:
         folder: a profile's results, beside which ``make bench`` writes its own.
     """
-    beside = folder.parent if (folder.parent / "bench.json").exists() else PUBLISHED
-    scale = folder.parent / "scale.json"
-    return [beside / "bench.json", beside / "bench.png", scale if scale.exists() else PUBLISHED / "scale.json"]
+    here = [folder.parent / name for name in ("bench.json", "bench.png", "scale.json")]
+    return [path if path.exists() else PUBLISHED / path.name for path in here]
 
 
 def build_book(folder: Path) -> Path:
@@ -376,9 +362,8 @@ def build_book(folder: Path) -> Path:
         shutil.rmtree(first.parent, ignore_errors=True)
         command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source)]
         options = ["--path-output", str(BOOK), "--all", "-W", "-n", "--keep-going", "-q"]
-        built = subprocess.run(command + options, capture_output=True, text=True)
-        said = built.stdout + built.stderr
-        log.write_text(said, encoding="utf-8")
+        built = subprocess.run(command + options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        log.write_text(said := built.stdout, encoding="utf-8")
         if built.returncode:
             lines = [line for line in said.splitlines() if "WARNING" in line or "ERROR" in line] or [said[-2000:]]
             raise RunError("the book is not whole:\n  " + "\n  ".join(lines[:20]) + f"\nlog: {log}")
@@ -395,8 +380,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(option, default="")  # as make's variables, of which an empty one is not set
     given, succeeded = parser.parse_args(argv), True
     os.chdir(ROOT)
-    with contextlib.suppress(ValueError):  # not in a thread
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         if given.profile == "published" and given.step != "book":
             raise ParamsError("'published' is a stored run, not a profile to run: make book PROFILE=published")
@@ -420,12 +404,8 @@ def main(argv: list[str] | None = None) -> int:
         if not succeeded:
             print("At least one notebook failed; its page in the report shows the traceback.", file=sys.stderr)
         return 0 if succeeded else 1
-    except (RuntimeError, ParamsError) as error:
+    except (RuntimeError, ParamsError, OSError) as error:  # of the system: a full disk, a folder that is only read
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, a folder that is only read
-        known = isinstance(error, store.StoreError)
-        print(f"error: {error if known else f'{error.filename}: {error.strerror}'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished epoch of each network", file=sys.stderr)

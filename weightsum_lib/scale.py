@@ -1,8 +1,6 @@
-"""``make bench``, its second half: what a queue costs, what workers gain, and what ``full`` takes on some of them."""
+"""The second half of ``make bench``: what a queue costs, what workers gain, and what ``full`` takes on some of them."""
 
-import argparse
 import functools
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,8 +10,7 @@ import pandas as pd
 import psutil
 
 from weightsum_lib.report import tables
-from weightsum_lib.study import params, plan, pool, runs, store
-from weightsum_lib.study.config import pick_device
+from weightsum_lib.study import params, plan, pool, runs
 
 WAYS = {  # where jobs are done: how many at once, and the address of a cluster
     "this process": (1, ""),
@@ -33,14 +30,9 @@ def chains(study: runs.Study) -> tuple[float, float]:
 
 def on(workers: Sequence[int], hours: float, chain: float) -> pd.DataFrame:
     """Bounds of the hours on equal workers, of which none idles while a run is ready (Graham 1969)."""
-    least = [max(hours / n, chain) for n in workers]
-    most = [hours / n + (1 - 1 / n) * chain for n in workers]
-    return pd.DataFrame({
-        "Workers": [str(n) for n in workers],
-        "Hours, at least": [f"{h:,.1f}" for h in least],
-        "At most": [f"{h:,.1f}" for h in most],
-        "× one worker, at least": [f"{hours / h:.1f}" for h in most],
-    })  # fmt: skip
+    bounds = [(str(n), max(hours / n, chain), hours / n + (1 - 1 / n) * chain) for n in workers]
+    rows = [(n, f"{least:,.1f}", f"{most:,.1f}", f"{hours / most:.1f}") for n, least, most in bounds]
+    return pd.DataFrame(rows, columns=["Workers", "Hours, at least", "At most", "× one worker, at least"])
 
 
 def gained(jobs: int, **smaller) -> pd.DataFrame:
@@ -55,14 +47,11 @@ def gained(jobs: int, **smaller) -> pd.DataFrame:
             study = runs.Study(params.read("smoke", {"results_dir": folder, "networks_at_once": slots, **smaller}))
             study.cluster, started = address, time.perf_counter()
             study.train_all([c for c in plan.queue(study) if not study.parents(c)][:8])
-            rows.append((way, milliseconds - 1 / slots, time.perf_counter() - started))
-    frame = pd.DataFrame(rows, columns=["Jobs are done in", "ms", "s"])
-    return pd.DataFrame({
-        "Jobs are done in": frame["Jobs are done in"],
-        "Overhead of a job (ms)": frame["ms"].map("{:.1f}".format),
-        "Eight runs of `smoke` (s)": frame["s"].map("{:.0f}".format),
-        "× this process": (frame["s"][0] / frame["s"]).map("{:.2f}".format),
-    })  # fmt: skip
+            seconds = time.perf_counter() - started
+            first = rows[0][-1] if rows else seconds
+            rows.append((way, f"{milliseconds - 1 / slots:.1f}", f"{seconds:.0f}", f"{first / seconds:.2f}", seconds))
+    columns = ["Jobs are done in", "Overhead of a job (ms)", "Eight runs of `smoke` (s)", "× this process"]
+    return pd.DataFrame([row[:-1] for row in rows], columns=columns)
 
 
 def memory(queued: int) -> float:
@@ -111,22 +100,3 @@ def cluster(device: str, jobs: int = 1000, queued: int = 10_000, **smaller) -> d
         "most": work / chain,
     }
     return {"notebook": "scale", "values": values, "tables": {k: tables.as_json(f) for k, f in frames.items()}}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: measure, and write ``results/scale.json``."""
-    parser = argparse.ArgumentParser(prog="python -m weightsum_lib.scale", description=__doc__)
-    parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
-    try:
-        content = cluster(pick_device(parser.parse_args(argv).device or "auto").type)
-    except params.ParamsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    store.write_json(store.ROOT / params.read("quick").results_dir / "scale.json", content)
-    for table in content["tables"].values():
-        print(f"\n{pd.DataFrame(table['rows'], columns=table['columns']).to_string(index=False)}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """Merging as others do it: the baselines that a plain sum of trained weights is compared with."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -13,11 +13,11 @@ from weightsum_lib.core.keys import Channels, Key, deal, embed, tensors_of, wide
 from weightsum_lib.core.weights import WeightSum
 
 
-def linear_sum_assignment(*arguments, **options):
-    """scipy's, imported where it is called: all else in the core needs torch alone."""
-    from scipy import optimize
+def _assigned(similarity: Tensor) -> Tensor:
+    """Which column each row gets, so that the sum of their similarities is largest."""
+    from scipy import optimize  # here: all else in the core needs torch alone
 
-    return optimize.linear_sum_assignment(*arguments, **options)
+    return torch.from_numpy(optimize.linear_sum_assignment(similarity.cpu().numpy(), maximize=True)[1])
 
 
 class Ensemble(nn.Module):
@@ -43,6 +43,11 @@ def task_arithmetic(start: nn.Module, networks: Sequence[nn.Module], scale: floa
     return WeightSum([start, *networks], [1 - scale * count] + [scale] * count).materialize().eval()
 
 
+def _vector(tensors: Iterable[Tensor]) -> Tensor:
+    """All entries of some tensors, whatever their layout in memory."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 @torch.no_grad()
 def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, keep: float = 0.2) -> nn.Module:
     """TIES-merging, Yadav et al. 2023: trim, elect a sign, and average the differences that have it.
@@ -57,7 +62,7 @@ def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, ke
         the merged network; its batch-norm statistics are to be re-estimated.
     """
     merged = copy.deepcopy(start).eval()
-    origin, *ends = (torch.cat([p.flatten() for p in n.parameters()]) for n in (start, *networks))
+    origin, *ends = (_vector(n.parameters()) for n in (start, *networks))
     found = torch.stack(ends) - origin
     smallest = found.abs().sort(descending=True).values[:, [max(1, round(keep * len(origin))) - 1]]
     found *= found.abs() >= smallest
@@ -107,7 +112,7 @@ def weight_matching(a: nn.Module, b: nn.Module, channels: Channels, seed: int = 
         before = dict(order)
         for i in torch.randperm(len(order), generator=generator).tolist():
             group = list(order)[i]
-            order[group] = torch.from_numpy(linear_sum_assignment(similarity(group).numpy(), maximize=True)[1])
+            order[group] = _assigned(similarity(group))
         if all(torch.equal(taken, before[group]) for group, taken in order.items()):
             break
     return widen(b, Key(channels, {group: taken.argsort() for group, taken in order.items()}, channels.sizes))
@@ -130,8 +135,7 @@ def activation_matching(a: nn.Module, b: nn.Module, channels: Channels, x: Tenso
         ValueError: see :func:`correlations`.
     """
     found = correlations([a, b], channels, x)
-    across = {group: c[: len(c) // 2, len(c) // 2 :].cpu().numpy() for group, c in found.items()}
-    taken = {group: torch.from_numpy(linear_sum_assignment(c, maximize=True)[1]) for group, c in across.items()}
+    taken = {group: _assigned(c[: len(c) // 2, len(c) // 2 :]) for group, c in found.items()}
     return widen(b, Key(channels, {group: order.argsort() for group, order in taken.items()}, channels.sizes))
 
 
@@ -299,9 +303,8 @@ def regmean(networks: Sequence[nn.Module], inputs: Sequence[Tensor], shrink: flo
     for name in grams[0]:
         total, target = 0.0, 0.0
         for network, gram in zip(networks, grams, strict=True):
-            g = gram[name] * shrink
-            g.diagonal().copy_(gram[name].diagonal())
-            g = g / g.diagonal().sum()  # the networks' inputs may differ in scale
+            g = shrink * gram[name] + (1 - shrink) * gram[name].diagonal().diag()
+            g = g / g.trace()  # the networks' inputs may differ in scale
             weight = network.get_submodule(name).weight.flatten(1).T.double()
             total, target = total + g, target + g @ weight
         total += torch.eye(len(total), device=total.device) * 1e-6 * total.diagonal().mean()  # dead inputs
@@ -355,29 +358,25 @@ def fisher_average(
     Raises:
         ValueError: a parameter that requires no gradient; it is named.
     """
-    merged, found = average(networks), [_fisher(n, x) for n, x in zip(networks, inputs, strict=True)]
-    shares = coefficients or [1.0] * len(networks)
-    for name, p in merged.named_parameters():
-        weights = [share * fisher[name] for share, fisher in zip(shares, found, strict=True)]
-        p.copy_(sum(w * n.get_parameter(name) for w, n in zip(weights, networks, strict=True)) / sum(weights))
+    merged, own = average(networks), torch.stack([_vector(n.parameters()) for n in networks])
+    weights = torch.stack([_fisher(n, x) for n, x in zip(networks, inputs, strict=True)])
+    weights *= own.new_tensor(coefficients or [1.0] * len(networks))[:, None]
+    vector_to_parameters((weights * own).sum(0) / weights.sum(0), merged.parameters())
     return merged
 
 
 @torch.enable_grad()
-def _fisher(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    parameters = dict(network.named_parameters())
+def _fisher(network: nn.Module, x: Tensor) -> Tensor:
+    parameters, total = dict(network.named_parameters()), 0.0
     if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
         raise ValueError(f"'{frozen[0]}' requires no gradient, so nothing says how much it is felt; unfreeze it")
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for image in x.split(1):
         likely = network(image)[0].log_softmax(0)
         for log in likely:
             gradients = torch.autograd.grad(log, list(parameters.values()), retain_graph=True)
-            for each, gradient in zip(total.values(), gradients, strict=True):
-                each += log.detach().exp() * gradient**2 / len(x)
-    total = {name: fisher.clamp(min=1e-6) for name, fisher in total.items()}
-    norm = sum(fisher.square().sum() for fisher in total.values()).sqrt()
-    return {name: fisher / norm for name, fisher in total.items()}
+            total = total + log.detach().exp() * _vector(gradients) ** 2 / len(x)
+    total = total.clamp(min=1e-6)
+    return total / total.norm()
 
 
 @torch.no_grad()

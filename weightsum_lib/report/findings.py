@@ -168,11 +168,8 @@ def capacity(kept: pd.Series, fitted: Iterable[int]) -> tuple[Law, pd.DataFrame]
     rows = kept.rename("measured").reset_index().sort_values(["networks", "share"])
     used = rows[rows["networks"].isin(list(fitted))]
 
-    def law(cells, scale, power):
-        return Law(scale, power).kept(*cells)
-
-    cells = (used["networks"].to_numpy(), used["share"].to_numpy())
-    best, _ = optimize.curve_fit(law, cells, used["measured"], p0=(0.5, 1.0), bounds=(1e-6, 20))
+    known = {"xdata": (used["networks"], used["share"]), "ydata": used["measured"], "bounds": (1e-6, 20)}
+    best, _ = optimize.curve_fit(lambda cells, *law: Law(*law).kept(*cells), p0=(0.5, 1.0), **known)
     found = Law(*map(float, best))
     rows["law"] = found.kept(rows["networks"], rows["share"])
     shown = {

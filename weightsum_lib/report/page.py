@@ -61,9 +61,8 @@ def write_headline(folder: Path, target: Path) -> None:
     message = f"99 % of each skill is kept by {keep.sum()} of {len(keep)} kinds of pairs"
     plots.save(plots.before_after(kinds, message), target / "headline.png")
     last = list(found.values())[-1]["provenance"]
-    p, data = last["params"], {}
-    for content in found.values():
-        data |= content["provenance"]["data"]
+    p = last["params"]
+    data = {name: of for content in found.values() for name, of in content["provenance"]["data"].items()}
     run_notice = (
         f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
         f"each set, {p['epochs']} epochs of {p['epoch_images']:,} images, {p['seeds']} "
@@ -86,16 +85,12 @@ def write_headline(folder: Path, target: Path) -> None:
 
 def _answer(kinds: pd.DataFrame) -> pd.DataFrame:
     """A line a kind of pair: accuracy before and after the sum, and what that makes of the skill."""
-    lines = {}
-    for networks, rows in kinds.groupby("networks", sort=False):
-        rows = rows.droplevel("networks")
-        ends = {
-            f"{t}: before → after (%)": f"{r['before'].mean:.1f} → {r['after'].mean:.1f}" for t, r in rows.iterrows()
-        }
-        each = "; ".join(f"{task}: {said}" for task, said in rows["verdict"].items())
-        lines[networks] = ends | {"Their sum": each if rows["verdict"].nunique() > 1 else rows["verdict"].iloc[0]}
-    shown = pd.DataFrame(lines).T.rename_axis("Two networks").reset_index().fillna("–")
-    return shown[[*shown.columns.drop("Their sum"), "Their sum"]]
+    ends = kinds.apply(lambda row: f"{row['before'].mean:.1f} → {row['after'].mean:.1f}", axis=1)
+    shown = ends.unstack(fill_value="–", sort=False).add_suffix(": before → after (%)")
+    for networks, said in kinds["verdict"].groupby("networks"):
+        each = [f"{task}: {verdict}" for (_, task), verdict in said.items()]
+        shown.loc[networks, "Their sum"] = "; ".join(each) if said.nunique() > 1 else said.iloc[0]
+    return shown.rename_axis(index="Two networks", columns=None).reset_index()
 
 
 def _claims(found: Mapping[str, dict]) -> pd.DataFrame:
@@ -114,27 +109,20 @@ def _claims(found: Mapping[str, dict]) -> pd.DataFrame:
 
 
 def _data(data: Mapping[str, dict]) -> pd.DataFrame:
-    rows = [
-        [
-            title(name),
-            f"{d['source']}: {d['note']}",
-            *(f"{d['images'][split]:,}" for split in ("train", "val", "test")),
-            d["checksum"][:16] + "…",
-        ]
-        for name, d in data.items()
-    ]
+    rows = []
+    for name, d in data.items():
+        images = [f"{d['images'][split]:,}" for split in ("train", "val", "test")]
+        rows.append([title(name), f"{d['source']}: {d['note']}", *images, d["checksum"][:16] + "…"])
     return pd.DataFrame(rows, columns=["Dataset", "Source", "Training", "Validation", "Test", "SHA-256 of the file"])
 
 
 def _provenance(of: Mapping) -> pd.DataFrame:
-    """Software, device and parameters; the stored run has its rows under ``methods``."""
-    rows = {
-        label: m for kind in ("methods", "rows", "parts", "merged") for label, m in of["params"].get(kind, {}).items()
-    }
-    unsaid = ("methods", "rows", "parts", "merged", "data_dir", "results_dir")
+    """Software, device and parameters."""
+    kinds = ("rows", "parts", "merged")
     what = {"device": of["device"], "precision of the forward pass": of["precision"], **of["versions"]}
-    what |= {"commit of the code": of["commit"], **{k: v for k, v in of["params"].items() if k not in unsaid}}
-    what |= {f"method: {label}": switches for label, switches in rows.items()}
+    what |= {"commit of the code": of["commit"]}
+    what |= {k: v for k, v in of["params"].items() if k not in (*kinds, "data_dir", "results_dir")}
+    what |= {f"method: {label}": m for kind in kinds for label, m in of["params"].get(kind, {}).items()}
     return pd.DataFrame(what.items(), columns=["What", "Value"])
 
 
@@ -153,8 +141,7 @@ def _times(found: Mapping[str, dict]) -> pd.DataFrame:
 
 def _profiles(folder: Path) -> pd.DataFrame:
     """What each profile took that was run beside this one; a published run keeps its own table."""
-    kept = store.read_json(folder / "headline.json")
-    if kept:
+    if kept := store.read_json(folder / "headline.json"):
         return pd.DataFrame(kept["tables"]["profiles"]["rows"], columns=kept["tables"]["profiles"]["columns"])
     rows = []
     for found in map(_results, sorted(folder.parent.iterdir())):
@@ -200,9 +187,8 @@ def publish(files: Sequence[Path], folder: Path, target: Path, readme: Path) -> 
     (aside / "params.yaml").write_text(text, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    head, rest = readme.read_text(encoding="utf-8").split(_BEGIN)
-    tail = rest.split(_END)[1]
-    readme.write_text(head + _BEGIN + readme_headline(target) + _END + tail, encoding="utf-8")
+    head, _, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)
+    readme.write_text(head + _BEGIN + readme_headline(target) + rest[rest.index(_END) :], encoding="utf-8")
 
 
 _BEGIN, _END = "<!-- headline: from book/published -->\n", "<!-- /headline -->\n"

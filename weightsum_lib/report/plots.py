@@ -50,10 +50,11 @@ def _panels(columns: int, size: tuple[float, float], rows: int = 1, **options) -
     return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained", **options)
 
 
-def _of_tasks(summary: pd.DataFrame, height: float) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+def _of_tasks(summary: pd.DataFrame, height: float, unit: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure with a panel a tested task, and each panel with the summary's rows of its task."""
     names = summary.index.unique("tested")
     figure, ((*panels,),) = _panels(len(names), (9, height), sharey=True)
+    panels[0].set_ylabel(unit)
     for axes, name in zip(panels, names, strict=True):
         axes.set_title(f"on {title(name)}")
     return figure, [(axes, summary.xs(name, level="tested")) for axes, name in zip(panels, names, strict=True)]
@@ -93,7 +94,7 @@ def before_after(summary: pd.DataFrame, message: str) -> Figure:
         summary: by method and tested task, with ``before``, ``after``, ``other``, ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, 2 + 0.42 * len(summary.index.droplevel("tested").unique()))
+    figure, panels = _of_tasks(summary, 2 + 0.42 * len(summary.index.droplevel("tested").unique()), "")
     for axes, rows in panels:
         y = range(len(rows))
         axes.hlines(y, *(_spread(rows[end])[0] for end in ("before", "after")), color="0.7", lw=2, zorder=1)
@@ -133,9 +134,8 @@ def curves(histories: Mapping[str, Sequence[dict]], main: str, support: str, mes
             for name, (look, label) in series.items():
                 if f"{kind}_{name}" in history:
                     axes.plot(history[f"{kind}_{name}"], look, ms=5, label=label)
-    for axes in grid[-1]:
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    plt.setp(grid[-1], xlabel="epoch")
+    grid[0, 0].xaxis.set_major_locator(plt.MaxNLocator(integer=True))  # of all, which share it
     grid[0, 1].set_ylim(0, 101)
     return _done(figure, message)
 
@@ -166,11 +166,10 @@ def layers(rows: pd.DataFrame, explained: pd.DataFrame, message: str) -> Figure:
     _by_layer(last, explained, "explained", "variance in the sum\nthat θ_main explains", methods)
     ratio.axhline(1, color="0.4", lw=1, ls=":")
     cosine.axhline(0, color="0.4", lw=1, ls=":")
-    ratio.set_yscale("log")
-    ratio.set_yticks([0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50])
+    ends = min(0.2, rows["norm_ratio"].min() / 1.2), max(5, rows["norm_ratio"].max() * 1.2)
+    ratio.set(yscale="log", yticks=[0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50], ylim=ends)
     ratio.yaxis.set_major_formatter("{x:g}")
     ratio.minorticks_off()
-    ratio.set_ylim(min(0.2, rows["norm_ratio"].min() / 1.2), max(5, rows["norm_ratio"].max() * 1.2))
     cosine.set_ylim(-1, 1.05)
     return _done(figure, message)
 
@@ -193,8 +192,7 @@ def plane(planes: Mapping[str, dict], names: Sequence[str], message: str) -> Fig
             axes.set_title(f"{method}: on {title(name)}")
             axes.grid(False)
         row[0].set_ylabel(f"α, coefficient of θ of {title(names[0])}")
-    for axes in grid[-1]:
-        axes.set_xlabel(f"β, coefficient of θ of {title(names[1])}")
+    plt.setp(grid[-1], xlabel=f"β, coefficient of θ of {title(names[1])}")
     figure.colorbar(image, ax=grid, label="validation accuracy (%)", fraction=0.03, pad=0.02)
     return _done(figure, message)
 
@@ -231,13 +229,8 @@ def why(explained: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
     figure = plt.figure(figsize=(9, 6.2 + 0.15 * len(summary)), layout="constrained")
     inside, *panels = figure.subplot_mosaic([[0, 0], [1, 2]], height_ratios=[3, 1.5 + 0.15 * len(summary)]).values()
     both = summary.index.unique("tested")
-    _by_layer(
-        inside,
-        explained,
-        "explained",
-        f"variance explained\nby θ of {title(both[0])} alone",
-        explained["method"].unique(),
-    )
+    unit = f"variance explained\nby θ of {title(both[0])} alone"
+    _by_layer(inside, explained, "explained", unit, explained["method"].unique())
     inside.set_title(f"inside the sum, on {title(both[0])}, seed 0")
     kinds = {"loudness": "lost to the other's loud answers", "interference": "lost to interference of weights"}
     for axes, name in zip(panels, both, strict=True):
@@ -258,7 +251,7 @@ def kept_by_share(summary: pd.DataFrame, message: str) -> Figure:
         summary: by line, share and tested task, with ``kept`` and ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, 4.8)
+    figure, panels = _of_tasks(summary, 4.8, "kept: after / before (%)")
     for axes, rows in panels:
         for line, own in rows.groupby("line", sort=False):
             own = own.droplevel("line").sort_index()
@@ -268,7 +261,6 @@ def kept_by_share(summary: pd.DataFrame, message: str) -> Figure:
         axes.set(xscale="log", xlabel=f"share of the sum's channels that each has, k\n{_n(rows, BARS)}")
         axes.set_xticks(shares, [fraction(share) for share in shares])
         axes.minorticks_off()
-    panels[0][0].set_ylabel("kept: after / before (%)")
     return _done(figure, message)
 
 
@@ -279,13 +271,12 @@ def lost_by_layer(summary: pd.DataFrame, message: str) -> Figure:
         summary: by layer and tested task, with ``interference`` and ``n``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(summary, 3.4)
+    figure, panels = _of_tasks(summary, 3.4, "points lost to\nshared channels")
     for axes, rows in panels:
         mean, ends = _spread(rows["interference"])
         axes.bar([layer.rpartition(".")[2] for layer in rows.index], mean, yerr=ends, color=AFTER)
         axes.set_xlabel(f"layer with random keys\n{_n(rows, BARS)}")
         axes.tick_params(axis="x", rotation=60)
-    panels[0][0].set_ylabel("points lost to\nshared channels")
     return _done(figure, message)
 
 
@@ -296,12 +287,11 @@ def by_draw(rows: pd.DataFrame, message: str) -> Figure:
         rows: wide rows with the level ``line``, and ``shared`` and ``kept``.
         message: what the figure says.
     """
-    figure, panels = _of_tasks(rows, 4)
+    figure, panels = _of_tasks(rows, 4, "kept: after / before (%)")
     for axes, own in panels:
         for line, each in own.groupby("line", sort=False):
             axes.plot(100 * each["shared"], each["kept"], ls="", ms=5, alpha=0.6, label=line)
         axes.set_xlabel("channels that the other network has too\n(%, mean of the layers), a point a draw")
-    panels[0][0].set_ylabel("kept: after / before (%)")
     return _done(figure, message)
 
 

@@ -262,18 +262,15 @@ def shown(frame: pd.DataFrame, caption: str = "", marked: Sequence[str] = ()) ->
 def by_share(cells: pd.Series) -> pd.DataFrame:
     """Intervals by ``line`` and ``share`` as they are shown: a line a row, a share k of the sum's channels a column."""
     shown = cells.map(str).unstack("share", fill_value="–").loc[cells.index.unique("line")]
-    shown = shown.sort_index(axis=1, ascending=False)
-    return (
-        shown.rename(columns=lambda k: f"k = {fraction(k)}").rename_axis(index="Networks", columns=None).reset_index()
-    )
+    shown = shown.sort_index(axis=1, ascending=False).rename(columns=lambda k: f"k = {fraction(k)}")
+    return shown.rename_axis(index="Networks", columns=None).reset_index()
 
 
 def layer_table(layers: pd.DataFrame) -> pd.DataFrame:
     """Norm ratio and cosine, a line a method: median and range over the layers."""
     columns = {"norm_ratio": "Norm ratio: median (range)", "cosine": "Cosine: median (range)"}
-    found = layers.groupby("method", sort=False)[list(columns)].agg(
-        lambda values: f"{Interval(values.median(), values.min(), values.max(), len(values)):.2f}"
-    )
+    of_method = layers.groupby("method", sort=False)[list(columns)]
+    found = of_method.agg(lambda of: f"{Interval(of.median(), of.min(), of.max(), len(of)):.2f}")
     return found.reset_index().rename(columns={"method": "Method", **columns})
 
 
@@ -294,9 +291,8 @@ def data_notice(described: Mapping[str, dict]) -> str:
     """
     parts = []
     for name, d in described.items():
-        kind, note = (
-            ("real", f"; {html.escape(d['note'])}") if d["source"] == "real" else ("**synthetic stand-in**", "")
-        )
+        note = f"; {html.escape(d['note'])}" if d["source"] == "real" else ""
+        kind = "real" if note else "**synthetic stand-in**"
         parts.append(f"{title(name)}: {kind} ({d['images']['train']:,} training images{note})")
     warning = " Numbers on stand-ins show the method at work; they are not numbers of the real dataset."
     standin = any(d["source"] != "real" for d in described.values())

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pandas as pd
 
@@ -82,15 +83,10 @@ def _with_arch(member: Member, arch: str) -> Member:
 
 def all_cases(study: Study) -> list[list[Case]]:
     """What is tested of every row, on everything that is halved; each as the candidates of which one is chosen."""
-    p = study.params
-    return [
-        case
-        for seed in range(p.seeds)
-        for halved in p.halves
-        for row, method in p.merged.items()
-        if seed < method.seeds
-        for case in _cases(study, halved, row, seed)
-    ]
+    p, found = study.params, []
+    for seed, halved, (row, method) in product(range(p.seeds), p.halves, p.merged.items()):
+        found += _cases(study, halved, row, seed) if seed < method.seeds else []
+    return found
 
 
 def frame(study: Study) -> pd.DataFrame:
@@ -104,8 +100,7 @@ def frame(study: Study) -> pd.DataFrame:
     cases = all_cases(study)
     study.train_all([member.config for candidates in cases for case in candidates for member in case.what.members])
     chosen = [_chosen(study, candidates) for candidates in cases]
-    counted = [measure.measurement(partial(_weights, study, case.what), case.what, ()) for case in chosen]
-    of_each = study.measured(counted)
+    of_each = study.measured([measure.measurement(study, _weights, case.what) for case in chosen])
     found = pd.concat([measure.frame(study, [case]).assign(weights=n) for case, n in zip(chosen, of_each, strict=True)])
     told = found[found["network"] == SIGNS]
     told = told.groupby(["task", "method", "seed", "network"], as_index=False)[["accuracy", "weights"]].mean()

@@ -9,7 +9,7 @@ mean largest probability, and ``shared``, how many of the channels of the tested
 
 import base64
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from weightsum_lib.core.keys import compact, overlap, widen
+from weightsum_lib.core.keys import overlap, widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
 from weightsum_lib.study.params import BASELINE, RANDOM, TRAINED, Params
 from weightsum_lib.study.runs import Measurement, Study
 from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
-from weightsum_lib.study.train import logits_of
+from weightsum_lib.study.train import logits_of, percent_right
 
 SHARE, NARROW = 1 / 8, 64  # of random keys in the report's sums of strangers: k, and the room of narrow layers
 NEITHER = ("cifar10", "mnist inverted", "main")  # a third network that met neither: its task, its partner's, its role
@@ -80,11 +80,7 @@ class Case:
 def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     """The long frame of some cases; every run that they need is trained first, in one queue."""
     cases, rows = list(cases), []
-    settings = [{k: getattr(case, k) for k in ("policy", "tested", "split")} for case in cases]
-    wanted = [
-        measurement(partial(accuracies, study, case.what, **how), case.what, case.tested, **how)
-        for case, how in zip(cases, settings, strict=True)
-    ]
+    wanted = [measurement(study, accuracies, c.what, policy=c.policy, tested=c.tested, split=c.split) for c in cases]
     for case, found in zip(cases, study.measured(wanted), strict=True):
         about = {k: v for k, v in vars(case).items() if k not in ("what", "tested")}
         about |= {"share": case.what.share, "narrow": case.what.narrow, "draw": case.what.draw}
@@ -97,11 +93,12 @@ def frame(study: Study, cases: Iterable[Case]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def measurement(compute: partial, what: Sum, names: Sequence[str], **settings) -> Measurement:
-    """A measurement of one description."""
+def measurement(study: Study, function: Callable, what: Sum, **settings) -> Measurement:
+    """A measurement of one description: ``function`` of the study, it and the settings."""
     about = {k: v for k, v in asdict(what).items() if k != "members"} | {"roles": [m.role for m in what.members]}
-    settings = {**settings, "what": about, "data": sorted({*names, *what.tasks})}
-    return Measurement(compute, [m.config for m in what.members], settings, [f"study.sums:{what.how}"])
+    about = {**settings, "what": about, "data": sorted({*settings.get("tested", ()), *what.tasks})}
+    call, configs = partial(function, study, what, **settings), [m.config for m in what.members]
+    return Measurement(call, configs, about, [f"study.sums:{what.how}"])
 
 
 def policies_of(p: Params, method: str) -> list[str]:
@@ -262,24 +259,19 @@ def curve(
     return frame(study, cases)
 
 
-def room(
-    study: Study, method: str, names: Sequence[str], shares: Sequence[float], narrow: int = NARROW
-) -> pd.DataFrame:
+def room(study: Study, method: str, names: Sequence[str], shares: Sequence[float]) -> pd.DataFrame:
     """How much room two networks of a row have under random keys: a row a share and layer.
 
     Columns: ``share``, ``layer``, ``channels`` of a network, ``room`` of the sum, ``shared``, the expected number of
     channels that both have, ``used``, bytes (float32) of the sum's weights in the channels that it uses.
     """
-    rows, each = [], members(study, method, names, 0)
+    frames, each = [], members(study, method, names, 0)
     for share in shares:
-        what = keyed(study, method, each, share, narrow=narrow)
-        keys = [what.key_of(i) for i in range(len(each))]
-        used = 4 * sum(p.numel() for p in made(study, what).weights().values())
-        for layer, size in keys[0].sizes.items():
-            n = len(keys[0].positions[layer])
-            about = {"share": share, "layer": layer, "channels": n, "room": size}
-            rows.append(about | {"shared": n * n / size, "used": used})
-    return pd.DataFrame(rows)
+        what = keyed(study, method, each, share, narrow=NARROW)
+        key, used = what.key_of(0), 4 * sum(p.numel() for p in made(study, what).weights().values())
+        rows = pd.DataFrame({"channels": key.channels.sizes, "room": key.sizes}).rename_axis("layer").reset_index()
+        frames.append(rows.assign(share=share, shared=rows["channels"] ** 2 / rows["room"], used=used))
+    return pd.concat(frames, ignore_index=True)
 
 
 def ceilings(study: Study, first: str, second: str) -> pd.DataFrame:
@@ -312,14 +304,14 @@ def standin_worth(study: Study, name: str) -> pd.DataFrame:
     return frame(study, [Case("2", BASELINE, 0, "sum", alone(member), policy, tested) for policy in policies])
 
 
-def _pair(study: Study, method: str, first: str, second: str, apart: bool, seed: int) -> Sum:
-    both = (first, second)
+def _pair(study: Study, method: str, first: str, second: str, apart: bool) -> Sum:
+    """The sum of a pair, or of two networks that were trained apart; seed 0."""
     if apart:
-        return keyed(study, method, members(study, method, both, seed), SHARE, narrow=NARROW)
-    return keyed(study, method, pair_members(study, method, *both, seed))
+        return keyed(study, method, members(study, method, (first, second), 0), SHARE, narrow=NARROW)
+    return keyed(study, method, pair_members(study, method, first, second, 0))
 
 
-def plane(study: Study, method: str, first: str, second: str, strangers: bool = False, seed: int = 0) -> dict:
+def plane(study: Study, method: str, first: str, second: str, strangers: bool = False) -> dict:
     """Validation accuracy of α·θ_first + β·θ_second on both tasks, statistics from training images of the tested task.
 
     Args:
@@ -329,33 +321,27 @@ def plane(study: Study, method: str, first: str, second: str, strangers: bool = 
         second: dataset of θ_second.
         strangers: both are main networks that were trained apart (task 3); else ``second`` is the support network
             of the pair (tasks 1 and 2).
-        seed: repetition.
 
     Returns:
         ``coefficients`` (n,), and for each dataset name an n × n list, rows α, columns β, in percent.
     """
-    points, what = study.params.plane_points, _pair(study, method, first, second, strangers, seed)
-    return study.measured([measurement(partial(_plane, study, what, points), what, what.tasks, points=points)])[0]
+    points, what = study.params.plane_points, _pair(study, method, first, second, strangers)
+    return study.measured([measurement(study, _plane, what, points=points)])[0]
 
 
 def _plane(study: Study, what: Sum, points: int) -> dict:
-    coefficients, total = torch.linspace(0, 1.5, points).tolist(), made(study, what)
-    grid = {name: [] for name in what.tasks}
-    for name, rows in grid.items():
-        images, labels = (getattr(study.dataset(name), f"val_{kind}")[:_PLANE_IMAGES] for kind in ("images", "labels"))
-        for alpha in coefficients:
-            rows.append([])
-            for beta in coefficients:
-                total.coefficients = [alpha, beta]
-                network = under_policy(study, total, "per_task", (), name, _PLANE_IMAGES)
-                right = logits_of(network, images, study.precision).argmax(1) == labels
-                rows[-1].append(100 * right.sum().item() / len(labels))
-    return {"coefficients": coefficients, **grid}
+    at, total = torch.linspace(0, 1.5, points).tolist(), made(study, what)
+
+    def percent(name: str, *coefficients: float) -> float:
+        total.coefficients, tested = coefficients, study.dataset(name)
+        network = under_policy(study, total, "per_task", (), name, _PLANE_IMAGES)
+        few = (tested.val_images[:_PLANE_IMAGES], tested.val_labels[:_PLANE_IMAGES])
+        return percent_right(network, *few, study.precision)
+
+    return {"coefficients": at} | {name: [[percent(name, a, b) for b in at] for a in at] for name in what.tasks}
 
 
-def explained(
-    study: Study, method: str, first: str, second: str, strangers: bool = True, seed: int = 0
-) -> pd.DataFrame:
+def explained(study: Study, method: str, first: str, second: str, strangers: bool = True) -> pd.DataFrame:
     """How much of what happens inside θ_first + θ_second on ``first``'s images θ_first alone explains.
 
     Layer by layer on validation images: the squared correlation between a channel of the sum and the same
@@ -368,31 +354,25 @@ def explained(
         a row for each layer, with ``method``, ``layer``, ``explained`` (0 to 1), and ``overlap``, the share of
         θ_first's channels that θ_second uses too (the logits: 1).
     """
-    what = _pair(study, method, first, second, strangers, seed)
+    what = _pair(study, method, first, second, strangers)
     policy = headline_policy(study.params, method) if strangers else "per_task"
-    rows = study.measured([measurement(partial(_explained, study, what, policy), what, what.tasks, policy=policy)])[0]
+    rows = study.measured([measurement(study, _explained, what, policy=policy)])[0]
     return pd.DataFrame(rows).assign(method=method)
 
 
 def _explained(study: Study, what: Sum, policy: str) -> list[dict]:
-    first = what.tasks[0]
-    keys = compact([what.key_of(0), what.key_of(1)]) if what.keys != "none" else None
+    total, first, rows = made(study, what), what.tasks[0], []
     images = normalize(study.dataset(first).val_images[:_PLANE_IMAGES])
-    one, of_its_own = study.run(what.members[0].config).networks["main"], {"summed": OWN, "by_owner": "per_task"}
-    of_one, of_sum = (
-        _activations(under_policy(study, network, how, what.tasks, first), images)
-        for network, how in ((one, of_its_own.get(policy, policy)), (made(study, what), policy))
-    )
-    shared, rows = overlap(*keys) if keys else {}, []
+    own = {"summed": OWN, "by_owner": "per_task"}.get(policy, policy)
+    of_one = _activations(under_policy(study, total.networks[0], own, what.tasks, first), images)
+    of_sum = _activations(under_policy(study, total, policy, what.tasks, first), images)
+    shared = overlap(*total.keys) if total.keys else {}
     for layer, a in of_one.items():
-        s = of_sum[layer]
-        if layer in shared:
-            s = s[:, keys[0].positions[layer].to(s.device)]
-        a, s = (x - x.mean(0) for x in (a, s))
+        at = total.keys[0].positions[layer] if layer in shared else slice(None)
+        a, s = (x - x.mean(0) for x in (a, of_sum[layer][:, at]))
         # channels that are silent in θ_first explain nothing
         part = ((a * s).mean(0).square() / a.square().mean(0).clamp_min(1e-12)).sum() / s.square().mean(0).sum()
-        row = {"layer": layer.rpartition(".")[2], "explained": part.item(), "overlap": shared.get(layer, 1.0)}
-        rows.append(row)
+        rows.append({"layer": layer.rpartition(".")[2], "explained": part.item(), "overlap": shared.get(layer, 1.0)})
     return rows
 
 
@@ -400,27 +380,22 @@ def _explained(study: Study, what: Sum, policy: str) -> list[dict]:
 def _activations(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Each layer's output before its ReLU, (values, channels) float64, by the name of its convolution or linear layer.
 
-    A batch norm's output counts as that of the convolution before it.
+    A batch norm's output counts as that of the convolution before it. The network is a copy, whose hooks may stay.
     """
-    found, last = {}, [""]
+    found, layer = {}, ""
 
-    def record(name):
-        def hook(module, _, output):
-            if not isinstance(module, _BatchNorm):
-                last[0] = name
-            found[last[0]] = output.double().movedim(1, -1).flatten(0, -2)
+    def record(layer, module, inputs, output):
+        found[layer] = output.double().movedim(1, -1).flatten(0, -2)
 
-        return hook
-
-    kinds = nn.Conv2d | nn.Linear | _BatchNorm
-    hooks = [m.register_forward_hook(record(n)) for n, m in network.named_modules() if isinstance(m, kinds)]
+    for name, module in network.named_modules():
+        layer = name if isinstance(module, nn.Conv2d | nn.Linear) else layer
+        if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm):
+            module.register_forward_hook(partial(record, layer))
     network(images)
-    for hook in hooks:
-        hook.remove()
     return found
 
 
-def layers(study: Study, main: str, support: str, seed: int = 0) -> pd.DataFrame:
+def layers(study: Study, main: str, support: str) -> pd.DataFrame:
     """Norm ratio and cosine of θ_main and θ_support, layer by layer, for every pair that is summed as it is.
 
     Under keys both networks are compared as they lie in their sum. Columns: ``method``, ``layer``, ``norm_ratio``,
@@ -428,10 +403,8 @@ def layers(study: Study, main: str, support: str, seed: int = 0) -> pd.DataFrame
     """
     rows = []
     for method in dict.fromkeys(m for m, _ in _summed_rows(study)):
-        what = _pair(study, method, main, support, False, seed)
-        networks = [study.run(m.config).networks[m.role] for m in what.members]
-        if what.keys != "none":
-            networks = [widen(n, what.key_of(i)) for i, n in enumerate(networks)]
+        total = made(study, _pair(study, method, main, support, False))
+        networks = map(widen, total.networks, total.keys) if total.keys else total.networks
         rows += [{"method": method, **row} for row in compare_layers(*networks)]
     return pd.DataFrame(rows)
 

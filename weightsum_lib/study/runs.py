@@ -226,12 +226,9 @@ class Study:
                 said = functools.partial(say, {"run": about, "epochs": epochs, "work": work(config) / epochs})
                 folders = map(self.folder, [] if shared else self.parents(config))
                 parents = {folder.name: store.packed(folder) for folder in folders}
-                about = self, config, self.same(self.content(config))
-                return (
-                    self.folder(config).name,
-                    functools.partial(_train_run, *about, said, mark, parents),
-                    work(config),
-                )
+                same = self.same(self.content(config))
+                call = functools.partial(_train_run, self, config, same, said, mark, parents)
+                return self.folder(config).name, call, work(config)
 
             for config, files in workers.each(missing, job, self.parents):
                 store.unpack(self.folder(config), files)

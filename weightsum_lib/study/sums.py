@@ -17,15 +17,14 @@ from weightsum_lib.study.config import RunConfig, build, channels_of, key_of
 from weightsum_lib.study.runs import Study
 from weightsum_lib.study.train import autocast
 
-# Where a network's batch-norm statistics come from when it is tested, and what that presumes.
-POLICIES = {
-    "by_owner": "for each channel unlabelled training images of the task whose network has it, of all tasks where "
-    "networks share it; needs images sorted by task, and keys",
-    "union": "unlabelled training images of all summed tasks together; needs such images",
-    "summed": "the networks' statistics added, as state dicts are: no images; wrong where networks share a channel",
-    "per_task": "training images of the tested task; presumes to know which task a test image is from",
-    "batch": "the test batch's own, all of one task; needs many test images at once and presumes their task",
-}
+# Where a network's batch-norm statistics come from when it is tested, and what that presumes:
+# by_owner: for each channel unlabelled training images of the task whose network has it, of all tasks where networks
+#   share it; needs images sorted by task, and keys
+# union: unlabelled training images of all summed tasks together; needs such images
+# summed: the networks' statistics added, as state dicts are: no images; wrong where networks share a channel
+# per_task: training images of the tested task; presumes to know which task a test image is from
+# batch: the test batch's own, all of one task; needs many test images at once and presumes their task
+POLICIES = ("by_owner", "union", "summed", "per_task", "batch")
 _FISHER_IMAGES = 200  # each takes ten gradients
 _OF_KEYS = ("narrow", "only", "draw")  # fields that say something of random keys
 OWN = "own"  # of a network that is not summed: training images of its own task, whatever it is tested on
