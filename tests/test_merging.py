@@ -250,7 +250,7 @@ def linear(*rows):
 def test_a_fisher_average_of_equal_fishers_is_the_average_with_their_coefficients():
     a, b, x = linear([1, 2], [3, -1]), linear([2, 3], [4, 0]), torch.randn(5, 2)  # equal logits but for a constant
     for coefficients, wanted in ((None, 0.5), ((0.2, 0.8), 0.8)):
-        merged = merging.fisher_average([a, b], [x, x], coefficients)
+        merged = merging.fisher_average([a, b], [merging.fisher_information(n, x) for n in (a, b)], coefficients)
         torch.testing.assert_close(merged.weight, a.weight + wanted)
 
 
@@ -262,16 +262,19 @@ def test_a_fisher_average_by_hand():
         p = network(x).softmax(1)  # Σ_c p_c ((1[c = k] − p_k) x_j)² = p_k (1 − p_k) x_j²
         fisher = torch.stack([(p * (1 - p))[i][:, None] * x[i] ** 2 for i in range(2)]).mean(0).detach()
         found.append(fisher / fisher.norm())
-    merged = merging.fisher_average([a, b], xs).weight
+    fishers = [merging.fisher_information(network, x) for network, x in zip((a, b), xs, strict=True)]
+    torch.testing.assert_close(torch.stack(fishers), torch.stack(found).flatten(1))
+    merged = merging.fisher_average([a, b], fishers).weight
     torch.testing.assert_close(merged, (found[0] * a.weight + found[1] * b.weight) / (found[0] + found[1]))
 
 
 def test_a_fisher_average_of_networks_without_doubts_or_gradients():
     sure = linear([1e4, 0], [0, 1e4])
-    torch.testing.assert_close(merging.fisher_average([sure, sure], [torch.eye(2)] * 2).weight, sure.weight)
+    fisher = merging.fisher_information(sure, torch.eye(2))
+    torch.testing.assert_close(merging.fisher_average([sure, sure], [fisher] * 2).weight, sure.weight)
     sure.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="'weight' requires no gradient"):
-        merging.fisher_average([sure, sure], [torch.eye(2)] * 2)
+        merging.fisher_information(sure, torch.eye(2))
 
 
 def test_ties_by_hand():

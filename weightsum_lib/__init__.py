@@ -20,6 +20,7 @@ EXPORTS = {
     "average": "core.merging",
     "correlations": "core.merging",
     "fisher_average": "core.merging",
+    "fisher_information": "core.merging",
     "fold": "core.merging",
     "random_like": "core.merging",
     "random_signs": "core.merging",

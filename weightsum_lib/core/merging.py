@@ -340,33 +340,42 @@ def _gram_matrices(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fisher_average(
-    networks: Sequence[nn.Module], inputs: Sequence[Tensor], coefficients: Sequence[float] | None = None
+    networks: Sequence[nn.Module], fishers: Sequence[Tensor], coefficients: Sequence[float] | None = None
 ) -> nn.Module:
     """Fisher-weighted averaging, Matena and Raffel 2022: each weight counts as much as its network's output feels it.
 
-    θ = Σ λᵢ Fᵢ θᵢ / Σ λᵢ Fᵢ, with Fᵢ the diagonal of the Fisher information, the mean over images of
-    Σ_c p_c (∇ log p_c)², at least 1e-6 and then of norm 1 (their code has that floor for one network of the two).
+    θ = Σ λᵢ Fᵢ θᵢ / Σ λᵢ Fᵢ.
 
     Args:
-        networks: in evaluation mode, with batch-norm statistics that fit their inputs.
-        inputs: network input (N, C, H, W), without labels, of each network's own task.
+        networks: of one architecture.
+        fishers: Fᵢ, the :func:`fisher_information` of each.
         coefficients: λᵢ; by default equal.
 
     Returns:
         the merged network; its batch-norm statistics are to be re-estimated.
-
-    Raises:
-        ValueError: a parameter that requires no gradient; it is named.
     """
     merged, own = average(networks), torch.stack([_vector(n.parameters()) for n in networks])
-    weights = torch.stack([_fisher(n, x) for n, x in zip(networks, inputs, strict=True)])
-    weights *= own.new_tensor(coefficients or [1.0] * len(networks))[:, None]
+    weights = torch.stack(list(fishers)) * own.new_tensor(coefficients or [1.0] * len(networks))[:, None]
     vector_to_parameters((weights * own).sum(0) / weights.sum(0), merged.parameters())
     return merged
 
 
 @torch.enable_grad()
-def _fisher(network: nn.Module, x: Tensor) -> Tensor:
+def fisher_information(network: nn.Module, x: Tensor) -> Tensor:
+    """The diagonal of the Fisher information, the mean over images of Σ_c p_c (∇ log p_c)², of norm 1.
+
+    Entries are at least 1e-6 before that (in the authors' code those of one network of two).
+
+    Args:
+        network: in evaluation mode, with batch-norm statistics that fit ``x``.
+        x: network input (N, C, H, W), without labels; each image takes a gradient for each class.
+
+    Returns:
+        (parameters,), in the order of ``network.parameters()``.
+
+    Raises:
+        ValueError: a parameter that requires no gradient; it is named.
+    """
     parameters, total = dict(network.named_parameters()), 0.0
     if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
         raise ValueError(f"'{frozen[0]}' requires no gradient, so nothing says how much it is felt; unfreeze it")

@@ -1,6 +1,7 @@
 """What is tested: a network or a sum of some, described by a value, made by name, under a batch-norm policy."""
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -25,7 +26,7 @@ from weightsum_lib.study.train import autocast
 # per_task: training images of the tested task; presumes to know which task a test image is from
 # batch: the test batch's own, all of one task; needs many test images at once and presumes their task
 POLICIES = ("by_owner", "union", "summed", "per_task", "batch")
-_FISHER_IMAGES = 200  # each takes ten gradients
+_FISHER_IMAGES = 50  # each takes ten gradients
 _OF_KEYS = ("narrow", "only", "draw")  # fields that say something of random keys
 OWN = "own"  # of a network that is not summed: training images of its own task, whatever it is tested on
 
@@ -184,10 +185,18 @@ def regmean(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
 
 
 def fisher(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
-    """Fisher-weighted averaging, on some of each network's own training images; the coefficient: the first one's λ."""
-    images = [normalize(calibration_images(study, [m.task]))[:_FISHER_IMAGES] for m in what.members]
+    """Fisher-weighted averaging; the coefficient: the first network's λ, the second one's is the rest to 1."""
     share = what.coefficients[0]
-    return merging.fisher_average(_calibrated(study, what, networks), images, (share, 1 - share))
+    return merging.fisher_average(networks, [_fisher(study, m) for m in what.members], (share, 1 - share))
+
+
+@functools.lru_cache(maxsize=8)  # several coefficients are tried
+def _fisher(study: Study, member: Member) -> Tensor:
+    images = normalize(calibration_images(study, [member.task]))
+    network = study.run(member.config).networks[member.role]
+    return merging.fisher_information(
+        under_policy(study, network, "per_task", (), member.task), images[:_FISHER_IMAGES]
+    )
 
 
 def stranger(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
