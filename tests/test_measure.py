@@ -2,8 +2,10 @@
 
 import base64
 import copy
+import shutil
 from dataclasses import replace
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -275,6 +277,19 @@ def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
     assert found == scaled(best, "test")
     ceilings = measure.ceilings(study, "mnist", "svhn")
     assert len(ceilings) == 2 * 2 * study.params.ceiling_seeds
+
+
+def test_several_measurements_are_computed_by_processes_that_share_the_cores(study, monkeypatch, tmp_path):
+    cases = [
+        measure.Case("3", "independent", 0, "main", sums.alone(member), sums.OWN, ("mnist", "svhn"))
+        for member in measure.members(study, "independent", ["mnist", "svhn"], 0)
+    ]
+    here = measure.frame(study, cases)
+    several = Study(replace(study.params, networks_at_once=2, results_dir=str(tmp_path)))
+    shutil.copytree(study.results / "runs", tmp_path / "runs")  # and no measurements
+    monkeypatch.setattr(joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(Study, "_load", None)  # not in this process
+    pd.testing.assert_frame_equal(measure.frame(several, cases), here)
 
 
 def test_a_network_trained_alone_does_not_know_its_key(study):

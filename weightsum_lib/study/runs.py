@@ -320,7 +320,8 @@ class Study:
     def measured(self, wanted: Sequence[Measurement]) -> list:
         """The values of measurements, each computed once for the same content; their runs are trained first.
 
-        Workers of a cluster compute them where they share the cache of runs, else this process.
+        Several are computed by processes that share the cores, one thread each, or by workers of a cluster where they
+        share the cache of runs; else this process does it.
         """
         self.train_all([config for m in wanted for config in m.configs])
         contents = [self.content_of(m) for m in wanted]
@@ -332,7 +333,7 @@ class Study:
             return f"measure-{path.stem}", functools.partial(_measure, self, one, self.same(content)), 0
 
         if missing:
-            with self._workers(1) as (workers, _, shared):
+            with self._workers(len(missing)) as (workers, _, shared):
                 for path, value in (workers if shared else pool.Pool()).each(missing, job):
                     store.write_sealed(path, {"key": contents[missing[path]], **value})
         found = [store.read_sealed(path) for path in paths]
@@ -385,7 +386,8 @@ def _one_thread() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _study_of_worker(params: str) -> Study:
-    """A worker's study, kept so that it reads the datasets once; they don't travel."""
+    """A worker's study, kept so that it reads the datasets once; they don't travel. It computes in one thread."""
+    torch.set_num_threads(1)
     study = Study(check(json.loads(params), "the parameters of a worker"))
     study.cluster = ""
     return study
