@@ -160,9 +160,15 @@ def matched(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
 def zipit(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """ZipIt! on all tasks' training images; coefficients: the share of the layers, from the first on, α and β."""
     (share, alpha, beta), channels = what.coefficients, channels_of(what.members[0].config)
-    networks, images = _on_all_tasks(study, what, networks)
-    found = list(merging.correlations(networks, channels, images).items())[: round(share * len(channels.sizes))]
+    found = list(_correlations(study, replace(what, coefficients=())).items())[: round(share * len(channels.sizes))]
+    networks, _ = _on_all_tasks(study, what, networks)
     return merging.fold(networks, channels, {group: merging.zipped(like, alpha, beta) for group, like in found})
+
+
+@functools.lru_cache(maxsize=2)  # several coefficients are tried
+def _correlations(study: Study, what: Sum) -> dict[str, Tensor]:
+    networks, images = _on_all_tasks(study, what, [study.run(m.config).networks[m.role] for m in what.members])
+    return merging.correlations(networks, channels_of(what.members[0].config), images)
 
 
 def stacked(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
