@@ -153,8 +153,8 @@ tables.shown(policy_table)
 # %% [markdown]
 # ## As others merge, and what is the ceiling
 #
-# The same two networks, trained apart (`independent`; task arithmetic and TIES: from a shared start), merged by the
-# methods of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks their
+# The same two networks, trained apart (`independent`, or from a shared start where the row says so), merged by the methods
+# of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks their
 # `own`; of *random signs*, which are told which task a test image is from, `per_task`. Where a way has coefficients,
 # validation images choose. The last rows did meet: networks that were trained on both tasks.
 

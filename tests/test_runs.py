@@ -390,11 +390,12 @@ sys.exit(run.main(["train", "--profile", "smoke"]))
     assert len(workers) == 2
     trains.send_signal(how)
     started = time.monotonic()
-    trains.wait(15)  # five seconds where nothing else runs
+    trains.wait(20)
+    assert time.monotonic() - started < 5
     rest = trains.stderr.read() if how != signal.SIGKILL else ""
     if how != signal.SIGKILL:
         assert trains.returncode == 130 and "goes on from the last finished epoch" in rest and "Traceback" not in rest
     while any(map(_alive, workers)):
-        assert time.monotonic() - started < 15
+        assert time.monotonic() - started < 5
         time.sleep(0.1)
     assert list(tmp_path.glob("runs/*/checkpoint.safetensors")) and not list(tmp_path.glob("runs/*/run.json"))
