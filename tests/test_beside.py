@@ -86,7 +86,7 @@ def test_who_is_told_the_half_has_on_all_classes_the_mean_of_the_halves(frame):
 def test_validation_images_choose_the_coefficients(study, frame, way):
     candidates = cases(study, "mnist", ALONE if way == "ZipIt!" else "shared start, keyed size")[0][way]
     assert len(candidates) == 3 and len({c.what.coefficients for c in candidates}) == 3
-    chosen, dataset = beside._chosen(study, candidates), study.dataset("mnist")
+    (chosen,), dataset = beside._chosen(study, [candidates]), study.dataset("mnist")
     found = {}
     for case in candidates:
         network = measure.under_policy(study, measure.made(study, case.what), "union", HALVES, "mnist")
@@ -108,7 +108,7 @@ def test_what_gets_most_validation_images_right_on_the_mean_of_the_tasks_is_chos
         return pd.DataFrame({"accuracy": [n for case in cases for n in found[case.what.coefficients]]})
 
     monkeypatch.setattr(measure, "frame", frame)
-    assert beside._chosen(study, candidates).what.coefficients == (0.3,)
+    assert [c.what.coefficients for c in beside._chosen(study, [candidates, candidates[:1]])] == [(0.3,), (0.2,)]
 
 
 def test_another_network_has_the_rows_that_say_whether_the_finding_needs_a_vgg(study):

@@ -1,9 +1,9 @@
 """Beside others: two networks merged as the literature does it, of a dataset each or of five classes each."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import chain, product
 
 import pandas as pd
 
@@ -99,23 +99,26 @@ def frame(study: Study) -> pd.DataFrame:
     """
     cases = all_cases(study)
     study.train_all([member.config for candidates in cases for case in candidates for member in case.what.members])
-    chosen = [_chosen(study, candidates) for candidates in cases]
+    chosen = _chosen(study, cases)
     of_each = study.measured([measure.measurement(study, _weights, case.what) for case in chosen])
-    found = pd.concat([measure.frame(study, [case]).assign(weights=n) for case, n in zip(chosen, of_each, strict=True)])
+    weights = [weights for case, weights in zip(chosen, of_each, strict=True) for _ in case.tested]
+    found = measure.frame(study, chosen).assign(weights=weights)
     told = found[found["network"] == SIGNS]
     told = told.groupby(["task", "method", "seed", "network"], as_index=False)[["accuracy", "weights"]].mean()
     found = pd.concat([told.assign(tested=told["task"].str.partition(" ")[0]), found])
     return found.sort_values(["task", "tested"], kind="stable", ignore_index=True)
 
 
-def _chosen(study: Study, candidates: list[Case]) -> Case:
-    """The candidate that gets most validation images right, of all classes or of all tasks."""
-    if len(candidates) == 1:
-        return candidates[0]
-    what, tested = candidates[0].what, candidates[0].tested
-    on = tuple(name for name in tested if name not in what.tasks) or tested
-    found = measure.frame(study, [replace(c, split="val", tested=on) for c in candidates])
-    return candidates[int(found["accuracy"].to_numpy().reshape(len(candidates), -1).mean(1).argmax())]
+def _chosen(study: Study, choices: Sequence[list[Case]]) -> list[Case]:
+    """Of each choice the candidate that gets most validation images right, of all classes or of all tasks."""
+    tried = [[replace(c, split="val", tested=_chosen_on(c)) for c in each] * (len(each) > 1) for each in choices]
+    accuracies = iter(measure.frame(study, [*chain(*tried)])["accuracy"] if any(tried) else ())
+    right = [[sum(next(accuracies) for _ in case.tested) for case in each] or [0] for each in tried]
+    return [each[max(range(len(of)), key=of.__getitem__)] for each, of in zip(choices, right, strict=True)]
+
+
+def _chosen_on(case: Case) -> tuple[str, ...]:
+    return tuple(name for name in case.tested if name not in case.what.tasks) or case.tested
 
 
 def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
@@ -124,14 +127,15 @@ def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
     ``method`` is the way, and whether from a shared start. A partner with random weights of equal norms stands in for
     each network in turn.
     """
-    p, both, cases = study.params, (first, second), []
+    p, both, choices = study.params, (first, second), []
     for row in [row for row in (BASELINE, SHARED) if row in p.rows]:
         for seed in p.seeds_of(row):
             pair, case = tuple(measure.members(study, row, both, seed)), partial(Case, "3", row, seed)
-            cases += [_chosen(study, each) for each in _merged(case, pair, both, p.method(row))]
+            choices += _merged(case, pair, both, p.method(row))
             if row == BASELINE:
                 swapped = ((each, each[0].task) for each in (pair, pair[::-1]))
-                cases += [case(_STRANGER, Sum(each, both, "stranger"), "union", (task,)) for each, task in swapped]
+                choices += [[case(_STRANGER, Sum(each, both, "stranger"), "union", (task,))] for each, task in swapped]
+    cases = _chosen(study, choices)
     labels = [case.network + ", shared start" * (case.method == SHARED) for case in cases]
     named = [replace(case, method=label, network="merged") for case, label in zip(cases, labels, strict=True)]
     return measure.frame(study, named)

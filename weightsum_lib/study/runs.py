@@ -196,9 +196,9 @@ class Study:
     def train_all(self, configs: Sequence[RunConfig]) -> None:
         """Finish several runs, with an estimate of the time left for all of them.
 
-        One process trains at a time; a killed one goes on after the last finished epoch of each run. On a CPU
-        ``networks_at_once`` processes share the cores, one thread each, so that how many they are changes no result;
-        so do the workers of a cluster. A run starts as soon as its parents are finished.
+        One process trains at a time; a killed one goes on after the last finished epoch of each run.
+        ``networks_at_once`` processes share the cores, one thread each, or a GPU, so that how many they are changes no
+        result; so do the workers of a cluster. A run starts as soon as its parents are finished.
         """
         queue = self.with_parents(configs)
         self._used.update(configs)
@@ -264,8 +264,8 @@ class Study:
 
     def at_once(self) -> int:
         """How many networks are trained at once."""
-        on_cpu = min(joblib.cpu_count(), self.params.networks_at_once or _MOST_AT_ONCE)
-        return on_cpu if self.device.type == "cpu" else 1
+        by_default = _MOST_AT_ONCE if self.device.type == "cpu" else 1
+        return min(joblib.cpu_count(), self.params.networks_at_once or by_default)
 
     def train_here(self, config: RunConfig, on_epoch: Callable[[dict], None] = lambda row: None) -> None:
         """Train a run whose parents are finished, in this process and one thread, and keep it in its folder."""
