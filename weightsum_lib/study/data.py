@@ -23,6 +23,7 @@ from torch import Tensor
 
 from weightsum_lib.study import store
 from weightsum_lib.study.params import DATASETS
+from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.synthetic import synthesize
 
 _SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32), "svhn": (3, 32, 32)}
@@ -242,6 +243,7 @@ def _standin(name: str, train: int, test: int, folder: Path) -> dict[str, Tensor
     with store.lock(path.with_suffix(".lock")):
         found, about = store.read_tensors(path) or ({}, "")
         if about != path.stem:
+            report_progress(f"drawing {train + test:,} images of the stand-in for {DATASETS[name]}, once")
             for part, count in (("train", train), ("test", test)):
                 found[f"{part}_images"], found[f"{part}_labels"] = map(torch.from_numpy, synthesize(name, count, part))
             store.write_tensors(path, found, path.stem)
