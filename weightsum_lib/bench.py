@@ -206,7 +206,7 @@ def measure(configs: Sequence[RunConfig], device: torch.device) -> tuple[pd.Data
     values = {
         "device": _name(device),
         "precision": first.precision,
-        "matmul_rate": f"{rate / 1e12:.2g} TFLOP/s",
+        "matmul_rate": f"{rate / 1e12:.3g} TFLOP/s",
         "network": first.arch.upper(),
         "versions": f"torch {torch.__version__}, Python {sys.version.split()[0]}, commit {store.commit()}",
         "finding": f"The three-term step takes {floor} times as long as its floor, three forward and backward passes "
