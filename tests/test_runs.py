@@ -384,18 +384,23 @@ sys.exit(run.main(["train", "--profile", "smoke"]))
     trains = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
     )
-    said = trains.stderr.readline()
-    assert said.startswith("run "), said + trains.stderr.read()
-    workers = _workers(trains.pid)
-    assert len(workers) == 2
-    trains.send_signal(how)
-    started = time.monotonic()
-    trains.wait(20)
-    assert time.monotonic() - started < 5
-    rest = trains.stderr.read() if how != signal.SIGKILL else ""
-    if how != signal.SIGKILL:
-        assert trains.returncode == 130 and "goes on from the last finished epoch" in rest and "Traceback" not in rest
-    while any(map(_alive, workers)):
+    try:
+        said = trains.stderr.readline()
+        assert said.startswith("run "), said
+        workers = _workers(trains.pid)
+        assert len(workers) == 2
+        trains.send_signal(how)
+        started = time.monotonic()
+        trains.wait(20)
         assert time.monotonic() - started < 5
-        time.sleep(0.1)
+        rest = trains.stderr.read() if how != signal.SIGKILL else ""
+        if how != signal.SIGKILL:
+            assert (
+                trains.returncode == 130 and "goes on from the last finished epoch" in rest and "Traceback" not in rest
+            )
+        while any(map(_alive, workers)):
+            assert time.monotonic() - started < 5
+            time.sleep(0.1)
+    finally:
+        trains.kill()
     assert list(tmp_path.glob("runs/*/checkpoint.safetensors")) and not list(tmp_path.glob("runs/*/run.json"))

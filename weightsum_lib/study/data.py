@@ -36,6 +36,7 @@ _KNOWN = {  # half the SHA-256 of images and labels (see _content): whose they a
 }
 _LABELS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _TENSORS = [f"{split}_{kind}" for split in ("train", "val", "test") for kind in ("images", "labels")]
+_MANY = 10_000  # images of a stand-in, whose drawing takes so long that it is worth a line
 _PATIENCE = 900.0  # seconds for the download of a set
 _FAILED = "WEIGHTSUM_NO_DOWNLOAD_"  # and a set's name: why its download failed, for the processes of the same run
 
@@ -243,7 +244,8 @@ def _standin(name: str, train: int, test: int, folder: Path) -> dict[str, Tensor
     with store.lock(path.with_suffix(".lock")):
         found, about = store.read_tensors(path) or ({}, "")
         if about != path.stem:
-            report_progress(f"drawing {train + test:,} images of the stand-in for {DATASETS[name]}, once")
+            if train + test > _MANY:
+                report_progress(f"drawing {train + test:,} images of the stand-in for {DATASETS[name]}, once")
             for part, count in (("train", train), ("test", test)):
                 found[f"{part}_images"], found[f"{part}_labels"] = map(torch.from_numpy, synthesize(name, count, part))
             store.write_tensors(path, found, path.stem)
