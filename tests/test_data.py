@@ -217,7 +217,7 @@ def test_a_page_in_place_of_a_file_and_a_cut_archive_are_no_traceback(tmp_path, 
             load(name, tmp_path)
 
 
-def test_the_standin_is_kept_and_made_again_where_it_is_damaged(tmp_path, monkeypatch, capsys):
+def test_the_standin_is_kept_and_made_again_where_it_is_damaged(tmp_path, monkeypatch, capfd):
     def same(a, b):
         return all(torch.equal(getattr(a, name), getattr(b, name)) for name in data._TENSORS)
 
@@ -230,7 +230,7 @@ def test_the_standin_is_kept_and_made_again_where_it_is_damaged(tmp_path, monkey
     assert same(again, first) and again.checksum == first.checksum
     monkeypatch.setattr(data, "synthesize", lambda *a: pytest.fail("it was there"))
     assert same(data.load("mnist", "", ["mnist"], 40, 20, str(tmp_path)), first)
-    assert capsys.readouterr().err == 2 * "drawing 60 images of the stand-in for MNIST, once\n"
+    assert capfd.readouterr().err == 2 * "drawing 60 images of the stand-in for MNIST, once\n"
 
 
 def test_the_real_svhn_is_read_by_torchvision_with_labels_0_to_9(tmp_path, monkeypatch):

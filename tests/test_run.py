@@ -105,7 +105,7 @@ def test_the_study_runs_from_nothing_to_a_report(house):
 
 
 def test_progress_goes_to_the_terminal_and_not_into_the_notebooks(house):
-    lines = [line for line in house.first.stdout.splitlines() if re.search(r"01_mnist_cifar10: run \d", line)]
+    lines = [line for line in house.first.stderr.splitlines() if re.search(r"01_mnist_cifar10: run \d", line)]
     # two epochs of two networks alone in three rows and of one on stand-ins, three fine-tunings of one, and five pairs
     assert len(lines) == 3 * 2 * 2 + 2 + 3 + 5 * 2 and all("min left" in line for line in lines)
     for name in NOTEBOOKS[1:]:
@@ -184,7 +184,7 @@ def test_an_edited_notebook_runs_again_alone_and_trains_and_measures_nothing(hou
     house.write("notebooks/01_mnist_cifar10.py", "The question as it was asked", "The question as it was put")
     done = house.run("notebooks", *SMOKE)
     assert done.returncode == 0, done.stderr
-    said = done.stdout
+    said = done.stdout + done.stderr
     assert "01_mnist_cifar10: done" in said and "min left" not in said
     assert all(f"{name}: up to date" in said for name in NOTEBOOKS if name != "01_mnist_cifar10")
     assert measured() == before
@@ -239,7 +239,7 @@ def test_what_was_damaged_is_made_again(house):
     refused = house.run("book", *SMOKE)
     assert refused.returncode == 2 and "00_how_to_sum in results/smoke is not as it was made" in refused.stderr
     done = house.run("notebooks", *SMOKE)
-    assert done.returncode == 0 and "min left" not in done.stdout, done.stderr
+    assert done.returncode == 0 and "min left" not in done.stdout + done.stderr, done.stderr
     assert "00_how_to_sum: done" in done.stdout and "03_mnist_svhn: done" in done.stdout
     assert "01_mnist_cifar10: up to date" in done.stdout
     assert len(house.notebook("00_how_to_sum").cells) > 10 and store.read_json(house.results / "03_mnist_svhn.json")
@@ -261,7 +261,7 @@ def test_a_failing_notebook_shows_its_traceback_and_a_missing_number_is_named_an
         assert not (house.results / "02_svhn_cifar10.json").exists()  # no number of a failed page survives
         assert "planted" in house.run("notebooks", *SMOKE).stderr  # it is tried again
     mended = house.run("notebooks", *SMOKE)
-    assert mended.returncode == 0 and "min left" not in mended.stdout, mended.stderr
+    assert mended.returncode == 0 and "min left" not in mended.stdout + mended.stderr, mended.stderr
     assert not [p for p in house.results.iterdir() if p.name.startswith(".")]  # nothing is left half written
 
 

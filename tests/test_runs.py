@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_params
+from joblib.externals.loky import get_reusable_executor
 
 from weightsum_lib import run
 from weightsum_lib.study import params, pool, runs, store
@@ -23,12 +24,17 @@ from weightsum_lib.study.runs import Study, run_content
 
 
 @pytest.fixture
-def lines(monkeypatch, tmp_path):
-    """The progress lines that a study has said."""
-    path = tmp_path / "progress"
-    path.touch()
-    monkeypatch.setenv(pool.PROGRESS_VARIABLE, str(path))
-    return lambda: path.read_text().splitlines()
+def lines(capfd, monkeypatch):
+    """The progress lines that a study has said so far."""
+    monkeypatch.delenv(pool.PROGRESS_VARIABLE, raising=False)
+    get_reusable_executor().shutdown(wait=True)  # workers of an earlier test write elsewhere
+    said = []
+
+    def lines():
+        said.extend(line for line in capfd.readouterr().err.splitlines() if line.startswith("run "))
+        return said
+
+    return lines
 
 
 def test_a_run_is_trained_once_and_then_read(tiny, lines):
@@ -279,10 +285,12 @@ def test_who_waits_for_another_process_says_for_whom_and_for_how_long(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
 
 
-def test_progress_goes_to_the_terminal_without_a_runner(capsys, monkeypatch):
+def test_progress_goes_to_the_terminal_after_what_the_runner_puts_before_it(capfd, monkeypatch):
     monkeypatch.delenv(pool.PROGRESS_VARIABLE, raising=False)
     pool.report_progress("a line")
-    assert capsys.readouterr().err == "a line\n"
+    monkeypatch.setenv(pool.PROGRESS_VARIABLE, "  a notebook: ")
+    pool.report_progress("a line")
+    assert capfd.readouterr().err == "a line\n  a notebook: a line\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -111,8 +110,7 @@ def execute(name: str, p: Params, folder: Path) -> bool:
         stamp_file.unlink(missing_ok=True)
         print(f"{name}: running with params/{p.profile}.yaml", flush=True)
         stamp, started = _stamp(name, p), time.perf_counter()
-        with _progress_shown(target.with_suffix(".progress"), name):
-            error = _run(name, p, target)
+        error = _run(name, p, target)
         seconds = time.perf_counter() - started
         if error:
             (folder / f"{name}.json").unlink(missing_ok=True)
@@ -133,7 +131,9 @@ def _run(name: str, p: Params, target: Path) -> str:
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     values = p.as_dict() if _PARAMETERS in _source(name) else {}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each knob that isn't in the parameters cell
-    quiet = ["--log-level=CRITICAL"]  # no word of the kernel's own, an interrupt at its end
+    # no word of the kernel's own, an interrupt at its end; its standard error stays ours, for lines of progress
+    quiet = ["--log-level=CRITICAL", "--IPKernelApp.capture_fd_output=False"]
+    os.environ["WEIGHTSUM_PROGRESS"] = f"  {name}: "
     options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}
     options["shutdown_kernel"] = "immediate"  # an interrupt ends it at once
     with store.replaced(target) as temporary:
@@ -161,32 +161,6 @@ def _without_paths(notebook: str, p: Params) -> str:
         name = re.compile(rf"(?<![\w.]){re.escape(folder)}\b")
         lines = [line if '"image/' in line else name.sub(folders[folder], line) for line in lines]
     return "".join(lines)
-
-
-@contextlib.contextmanager
-def _progress_shown(path: Path, name: str) -> Iterator[None]:
-    """Copy the progress lines of a notebook to the terminal while it runs."""
-    end = threading.Event()
-
-    def copy():
-        with open(path, encoding="utf-8") as file:
-            ended = False
-            while not ended:
-                ended = end.wait(0.5)
-                for line in file:
-                    print(f"  {name}: {line}", end="", flush=True)
-
-    path.write_text("", encoding="utf-8")
-    os.environ["WEIGHTSUM_PROGRESS"] = str(path.resolve())
-    thread = threading.Thread(target=copy)
-    thread.start()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()
-        os.environ.pop("WEIGHTSUM_PROGRESS", None)
-        path.unlink(missing_ok=True)
 
 
 def _cells(path: Path) -> list | None:

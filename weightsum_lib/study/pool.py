@@ -11,25 +11,20 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from graphlib import TopologicalSorter
 
 from joblib.externals.loky import get_reusable_executor
 
 from weightsum_lib.study.params import ParamsError
 
-PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # a file to which progress lines go, so that a notebook stays clean
+PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # what each line of progress begins with: a notebook's name, under the runner
 CLUSTER_VARIABLE = "WEIGHTSUM_CLUSTER"  # the address of a scheduler, or "local:4"; it changes no result
 
 
-def report_progress(line: str, path: str | None = None) -> None:
-    """Say one line to whoever runs the study: into the runner's file, else on standard error."""
-    path = path or os.environ.get(PROGRESS_VARIABLE)
-    if path:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    else:
-        print(line, file=sys.stderr, flush=True)
+def report_progress(line: str) -> None:
+    """Say one line to whoever runs the study: on the process's own standard error, not the notebook's."""
+    print(f"{os.environ.get(PROGRESS_VARIABLE, '')}{line}", file=sys.__stderr__, flush=True)
 
 
 def _here(name: str, call: Callable, work: float) -> Future:
@@ -177,35 +172,25 @@ def _in_worker(call: Callable):
     return call()
 
 
-@dataclass(frozen=True)
-class Progress:
-    """A line an epoch for the terminal, in whichever process it is called: how far, and how long the rest will take.
+def say_epoch(work: float, done: str, started: float, about: dict, row: dict) -> None:
+    """A line for the terminal when an epoch has ended, in whichever process: how far, and how long the rest will take.
 
-    ``work`` is that of the whole queue, begun at ``started``; ``done`` is a file with a line for what is done of it.
+    Args:
+        work: of the whole queue.
+        done: a file with a line for what is done of it.
+        started: when the queue was begun (``time.time``).
+        about: ``run``, in words; its ``epochs``; the ``work`` of one.
+        row: of the epoch (:func:`weightsum_lib.study.train.train`).
     """
-
-    work: float
-    done: str
-    path: str | None = field(default_factory=lambda: os.environ.get(PROGRESS_VARIABLE))
-    started: float = field(default_factory=time.time)
-
-    def __call__(self, about: dict, row: dict) -> None:
-        """An epoch has ended.
-
-        Args:
-            about: ``run``, in words; its ``epochs``; the ``work`` of one.
-            row: of the epoch (:func:`weightsum_lib.study.train.train`).
-        """
-        with open(self.done, "a+", encoding="utf-8") as file:
-            file.write(f"{about['work']}\n")
-            file.flush()
-            file.seek(0)
-            done = sum(map(float, file))
-        left = (time.time() - self.started) / done * max(self.work - done, 0)
-        losses = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
-        values = " ".join(f"{k.removeprefix('val_')} {v:.1f}" for k, v in row.items() if k.startswith("val_"))
-        report_progress(
-            f"{about['run']} | epoch {row['epoch']}/{about['epochs']} {row['seconds']:.0f} s | loss {losses} | "
-            f"validation % {values} | about {left / 60:.1f} min left",
-            self.path,
-        )
+    with open(done, "a+", encoding="utf-8") as file:
+        file.write(f"{about['work']}\n")
+        file.flush()
+        file.seek(0)
+        finished = sum(map(float, file))
+    left = (time.time() - started) / finished * max(work - finished, 0)
+    losses = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
+    values = " ".join(f"{k.removeprefix('val_')} {v:.1f}" for k, v in row.items() if k.startswith("val_"))
+    report_progress(
+        f"{about['run']} | epoch {row['epoch']}/{about['epochs']} {row['seconds']:.0f} s | loss {losses} | "
+        f"validation % {values} | about {left / 60:.1f} min left"
+    )

@@ -219,7 +219,7 @@ class Study:
         done.unlink(missing_ok=True)
         numbers = {config: number for number, config in enumerate(missing, start=1)}
         with self._workers(len(missing)) as (workers, mark, shared):
-            say = workers.hear(pool.Progress(sum(map(work, missing)), str(done)))
+            say = workers.hear(functools.partial(pool.say_epoch, sum(map(work, missing)), str(done), time.time()))
 
             def job(config):
                 epochs, about = config.trained_epochs, f"run {numbers[config]}/{len(missing)} {config.describe()}"
