@@ -143,6 +143,7 @@ def test_a_notebook_runs_in_jupyterlab_in_a_browser(tmp_path):
     lab += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp_path}"]
     places = {key: str(tmp_path / key) for key in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     environment = {**os.environ, **places, "PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
+    environment.pop("PYTEST_CURRENT_TEST")  # with it a kernel's own standard error stays out of its cells
     browser = [CHROMIUM, *QUIET, f"--remote-debugging-port={devtools}", f"--user-data-dir={tmp_path / 'profile'}"]
     with process(lab, env=environment, cwd=ROOT) as server, process([*browser, "about:blank"]) as chromium:
         answer(f"http://127.0.0.1:{port}/api", server)
