@@ -1,5 +1,6 @@
 """Runs on a Dask cluster: the same networks as here, whatever worker takes them, dies or differs."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -158,6 +159,36 @@ def test_jobs_in_threads_of_one_process_are_refused(study):
         with pytest.raises(RuntimeError, match=r"does 2 jobs at once in one process; start it with --nthreads 1"):
             far.run(far.config("independent", "mnist"))
     pool._client.cache_clear()
+
+
+def where_and_when():
+    started = time.time()
+    time.sleep(0.05)
+    return distributed.get_worker().name, started, time.time()
+
+
+def test_what_wants_a_gpu_is_done_one_at_a_time_by_workers_that_have_one(study, monkeypatch):
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "opened", lambda *arguments: asked.append(arguments) or contextlib.nullcontext(pool.Pool()))
+        for kind in ("cpu", "cuda"):
+            far = study()
+            far.device = torch.device(kind)
+            with far._workers(7):
+                pass
+    assert [resources for *_, resources in asked] == [None, {"GPU": 1}]
+    worker = {"cls": distributed.Worker, "options": {"nthreads": 1}}
+    with_gpu = {"cls": distributed.Worker, "options": {"nthreads": 1, "resources": {"GPU": 1}}}
+    scheduler = {"cls": distributed.Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": ":0"}}
+    with distributed.SpecCluster(workers={"a": worker, "b": with_gpu, "c": with_gpu}, scheduler=scheduler) as cluster:
+        with pool.opened(1, cluster.scheduler_address, asked[1][-1]) as workers:
+            done = [found for _, found in workers.each(range(8), lambda n: (f"job {n}", where_and_when, 0))]
+        pool._client(cluster.scheduler_address).close()
+    pool._client.cache_clear()
+    assert {name for name, *_ in done} == {"b", "c"}
+    for name in "bc":
+        times = [moment for _, *moments in sorted(f for f in done if f[0] == name) for moment in moments]
+        assert times == sorted(times)  # each began when the one before had ended
 
 
 @pytest.fixture(scope="module")
