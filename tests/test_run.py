@@ -40,6 +40,7 @@ class House:
     def __init__(self, path: Path, environment: dict):
         self.path, self.results, self.html = path, path / "results" / "smoke", path / "book" / "_build" / "html"
         self.environment = {**os.environ, "PYTHONPATH": str(path), **environment}
+        self.environment.pop("PYTEST_CURRENT_TEST", None)  # with it no kernel looks at its own standard error
 
     def run(self, *arguments):
         return self.python("-m", "weightsum_lib.run", *arguments)

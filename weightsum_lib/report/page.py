@@ -13,7 +13,7 @@ from weightsum_lib.report.tables import Interval, as_json, data_notice, table, t
 from weightsum_lib.study import params, store
 from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, TRAINED
 
-_NOTEBOOKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_transfers")
+_NOTEBOOKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_transfers", "05_beside_others")
 _ANSWERS = (  # the two networks, the tasks that tested them, the row
     ("trained apart", ("Task 1", "Task 2"), BASELINE),
     ("trained to be added", ("Task 1", "Task 2"), TRAINED),

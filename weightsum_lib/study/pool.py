@@ -23,8 +23,10 @@ CLUSTER_VARIABLE = "WEIGHTSUM_CLUSTER"  # the address of a scheduler, or "local:
 
 
 def report_progress(line: str) -> None:
-    """Say one line to whoever runs the study: on the process's own standard error, not the notebook's."""
-    print(f"{os.environ.get(PROGRESS_VARIABLE, '')}{line}", file=sys.__stderr__, flush=True)
+    """Say one line to whoever runs the study: to the runner, by this process's own standard error, or in the cell."""
+    prefix = os.environ.get(PROGRESS_VARIABLE)
+    with contextlib.suppress(OSError):  # nobody listens any more: no reason to stop
+        print(f"{prefix or ''}{line}\n", end="", file=sys.__stderr__ if prefix else sys.stderr, flush=True)
 
 
 def _here(name: str, call: Callable, work: float) -> Future:

@@ -197,8 +197,8 @@ class Study:
         """Finish several runs, with an estimate of the time left for all of them.
 
         One process trains at a time; a killed one goes on after the last finished epoch of each run.
-        ``networks_at_once`` processes share the cores, one thread each, or a GPU, so that how many they are changes no
-        result; so do the workers of a cluster. A run starts as soon as its parents are finished.
+        ``networks_at_once`` processes share the cores, one thread each, so that on a CPU how many they are changes no
+        result, or a GPU; so do the workers of a cluster. A run starts as soon as its parents are finished.
         """
         queue = self.with_parents(configs)
         self._used.update(configs)
