@@ -33,6 +33,8 @@
 profile = "smoke"
 
 # %% tags=["hide-input"]
+from functools import partial
+
 import pandas as pd
 from IPython.display import Markdown
 
@@ -116,10 +118,10 @@ tables.shown(room_table)
 # of a layer's channels collides; how large it is varies from draw to draw with a variance of one over the layer's room,
 # and a network of 8 channels that loses 2 has lost much. Hence the rule, one number: a layer of fewer than 64 channels
 # gets the room of one that has 64, which makes the variance equal wherever it was larger. Validation images, and seeds
-# that no table of test images has.
+# that no table of test images has (where the profile has `choice_seeds`).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bars: points of accuracy that the sum loses against the ensemble when keys are random in one layer only, one group of bars a layer, for MNIST and SVHN."}}
-choosing = {"split": "val", "seeds": p.choice_seeds_of(RANDOM)}
+choosing = {"split": "val", "seeds": p.choice_seeds_of}
 one_layer = [
     measure.curve(study, [RANDOM], BOTH, narrow=(0,), draws=5, only=layer, **choosing).assign(layer=layer)
     for layer in room["layer"].unique()
@@ -145,16 +147,17 @@ plots.by_draw(
 # %% [markdown]
 # ## What each part is worth
 #
-# Each row leaves one part out, or has more of one, and is summed as the recipe is, at k = ⅛. All choices of the recipe were
-# made in this way: on validation images, with seeds that no table of test images has. Differences are paired by seed.
+# Each row leaves one part out, or has more of one, and is summed as the recipe is, at k = ⅛ and at ¼, where it hurts. All
+# choices of the recipe were made in this way: on validation images, with seeds that no table of test images has (where
+# the profile has `choice_seeds`). Differences are paired by seed; where n is 1 they are a hint, no more.
 
 # %% tags=["hide-input"]
-parts = measure.curve(study, [RANDOM, ALONE, *p.parts_with("random")], BOTH, **choosing)
-of_parts = tables.wide(parts)
-part_table = tables.by_task(
-    tables.against(of_parts, RANDOM, ["before", "ensemble", "after", "kept"]),
-    ["before", "ensemble", "after", "kept", "difference"],
-)
+columns = ["before", "ensemble", "after", "kept"]
+compared = [RANDOM, ALONE, *p.parts_with("random")]
+of_parts = tables.wide(measure.curve(study, compared, BOTH, (HEADLINE, 1 / 4), **choosing))
+at_share = {k: tables.against(of_parts.xs(k, level="share"), RANDOM, columns) for k in (HEADLINE, 1 / 4)}
+of_share = {tables.fraction(k): tables.by_task(found, [*columns, "difference"]) for k, found in at_share.items()}
+part_table = pd.concat(of_share, names=["k"]).reset_index("k")
 tables.shown(part_table, marked=[RANDOM])
 
 # %% [markdown]
@@ -175,10 +178,10 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table says how far it holds.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
-joining = measure.joining(p)
+joining, their_seeds = measure.joining(p), partial(measure.joined_seeds, p)
 COUNTS = (2, 4, 8) if len(joining) == 8 else (2, 3)
 grown = [
-    measure.curve(study, [m], joining[:n], SHARES[1:], draws=3, seeds=measure.joined_seeds(p, m)).assign(networks=n)
+    measure.curve(study, [m], joining[:n], SHARES[1:], draws=3, seeds=their_seeds).assign(networks=n)
     for m in (RANDOM, DISJOINT)
     for n in COUNTS
 ]
@@ -238,9 +241,8 @@ loud = measure.curve(
     [DISJOINT, *p.parts_with("disjoint")],
     [*BOTH, measure.NEITHER],
     split="val",
-    seeds=p.choice_seeds_of(DISJOINT),
+    seeds=p.choice_seeds_of,
 )
-columns = ["before", "ensemble", "after", "kept"]
 loud_table = tables.by_task(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
 tables.shown(loud_table, marked=[DISJOINT])
 

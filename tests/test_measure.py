@@ -211,7 +211,7 @@ def test_in_a_disjoint_sum_each_network_explains_all_of_its_own_channels(study):
 
 def test_more_than_two_networks_and_who_met_whom(study):
     three = [("mnist", "cifar10", "main"), ("svhn", "cifar10", "main"), ("cifar10", "mnist inverted", "main")]
-    frame = measure.curve(study, ["disjoint keys"], three, seeds=[0])
+    frame = measure.curve(study, ["disjoint keys"], three, seeds=lambda method: [0])
     networks = [network(study, "disjoint keys", task, partner) for task, partner, _ in three]
     members = [m for task, p, _ in three for m in measure.pair_members(study, "disjoint keys", task, p, 0)[:1]]
     what = sums.keyed(study, "disjoint keys", members)
@@ -220,7 +220,7 @@ def test_more_than_two_networks_and_who_met_whom(study):
     assert found == pytest.approx(percent(study, total, "svhn"), abs=2.6)
     alone = percent(study, networks[1], "svhn", calibration(study, "svhn"))
     assert one(frame, network="svhn", tested="svhn") == alone
-    met = measure.curve(study, ["random keys"], [*three[:2], ("cifar10", "mnist", "support")], seeds=[0])
+    met = measure.curve(study, ["random keys"], [*three[:2], ("cifar10", "mnist", "support")], seeds=lambda method: [0])
     pair = network(study, "random keys", "mnist", role="support")
     alone = percent(study, pair, "cifar10", calibration(study, "cifar10"))
     assert one(met, network="cifar10", tested="cifar10") == alone

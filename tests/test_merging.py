@@ -192,7 +192,7 @@ def test_mergers_of_two_different_networks_by_hand():
     x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
     channels = hidden_channels(a, x)
     ((group, found),) = merging.correlations([a, b], channels, x).items()
-    wanted = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]], dtype=torch.float64)
+    wanted = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
     torch.testing.assert_close(found, wanted)
     matched = merging.activation_matching(a, b, channels, x)
     assert matched[0].weight.tolist() == [[3, 0], [0, 2]] and matched[2].weight.tolist() == [[1000, 100]]
@@ -234,11 +234,38 @@ def test_zipit_merges_no_more_within_a_network_than_beta_says():
     assert groups(like, beta=1.0) == {(0, 1), (2, 3), (4, 5), (6, 7)}
 
 
+@pytest.mark.parametrize(("alpha", "beta"), [(1e-4, 0.075), (0.3, 0.5), (1.0, 1.0)])
+def test_zipit_always_merges_the_two_that_are_most_alike(alpha, beta):
+    """Held to all pairs compared anew before each merge, as the paper says it."""
+    n = 20
+    like = torch.corrcoef(torch.randn(2 * n, 15, dtype=torch.float64))  # half of them negative
+    groups, budget = {i: {i} for i in range(2 * n)}, [int(beta * n / 2)] * 2
+    table = {(i, j): like[i, j].item() for j in range(2 * n) for i in range(j)}
+    for _ in range(n):
+        i, j = max(table, key=table.get)
+        groups[i] |= groups.pop(j)
+        for k in groups.keys() - {i}:
+            one, two = tuple(sorted((i, k))), tuple(sorted((j, k)))
+            if one in table and two in table:
+                table[one] = alpha * min(table[one], table[two])
+            else:
+                table.pop(one, None)
+        within = (i < n) == (j < n)
+        budget[i // n] -= within
+        table = {
+            (a, b): value
+            for (a, b), value in table.items()
+            if j not in (a, b) and not (within and budget[i // n] <= 0 and a // n == b // n == i // n)
+        }
+    merged = merging.zipped(like, alpha, beta)
+    assert [set(row.nonzero().flatten().tolist()) for row in merged] == [groups[i] for i in sorted(groups)]
+
+
 def test_channels_that_never_change_are_alike():
     a = small([[1, 0], [-1, 0]], [1, 1])
     x = torch.tensor([[1.0, 0], [2, 0], [4, 0]], dtype=torch.float64)
     (found,) = merging.correlations([a, a], hidden_channels(a, x), x).values()
-    torch.testing.assert_close(found, torch.eye(2, dtype=torch.float64).repeat(2, 2))
+    torch.testing.assert_close(found, torch.eye(2).repeat(2, 2))
 
 
 def linear(*rows):

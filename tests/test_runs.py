@@ -340,6 +340,12 @@ def test_the_hours_of_a_run_are_its_steps_times_a_measured_one(tiny):
     assert study.hours(fine_tuned) * alone.epochs == pytest.approx(study.hours(alone) * fine_tuned.finetune_epochs)
 
 
+def test_a_row_may_be_trained_longer_and_is_that_run(tiny):
+    study = Study(replace(tiny, rows=tiny.rows | {"longer": replace(tiny.method("joint ce"), longer=3)}))
+    once, longer = (study.config(row, "mnist", "cifar10") for row in ("joint ce", "longer"))
+    assert longer == replace(once, epochs=3 * once.epochs)
+
+
 def test_a_precision_that_the_processor_has_not_is_refused_and_float32_is_always_there(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})

@@ -149,7 +149,7 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
         x: network input (N, C, H, W), without labels.
 
     Returns:
-        group to correlations, float64 (channels of all networks, the same). Channels that never
+        group to correlations, float32 (channels of all networks, the same). Channels that never
         change are alike, and like no other.
 
     Raises:
@@ -159,7 +159,8 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
     readers = _readers(networks[0], channels)
     if unread := channels.sizes.keys() - {group for group, _ in readers.values()}:
         raise ValueError(f"no convolution or linear layer reads the channels of '{min(unread)}' to compare them")
-    total, read = dict.fromkeys(channels.sizes, 0.0), {}
+    sizes, read = {g: n * len(networks) + 1 for g, n in channels.sizes.items()}, {}
+    total = {group: torch.zeros(n, n, dtype=torch.float64, device=x.device) for group, n in sizes.items()}
 
     def record(number, group, each):
         def hook(layer, inputs):  # (N, C, H, W) or (N, C · each)
@@ -177,13 +178,14 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
             for group in total:
                 rows = [read[number, group] for number in range(len(networks))]
                 rows = torch.cat([*rows, torch.ones_like(rows[0][:, :1])], 1)  # for their sums and their number
-                total[group] = total[group] + rows.T @ rows
+                total[group].addmm_(rows.T, rows)
     for group, moments in total.items():
-        mean = moments[:-1, -1] / moments[-1, -1]
-        covariance = moments[:-1, :-1] / moments[-1, -1] - mean.outer(mean)
-        spread = covariance.diagonal().clamp(min=0).sqrt()
+        mean, like = moments[:-1, -1] / moments[-1, -1], moments[:-1, :-1]  # in place: they may be large
+        like.div_(moments[-1, -1]).addr_(mean, mean, alpha=-1)
+        spread = like.diagonal().clamp(min=0).sqrt()
         still = spread <= 1e-6 * spread.max()
-        total[group] = torch.where(still, 0, covariance / spread.outer(spread)).where(~still[:, None], still.double())
+        total[group] = like.div_(spread).div_(spread[:, None]).float()
+        total[group][still], total[group][:, still] = 0, still.float()[:, None]
     return total
 
 
@@ -246,19 +248,24 @@ def zipped(correlation: Tensor, alpha: float = 1e-4, beta: float = 0.075) -> Ten
         M of :func:`fold`, (n, 2n).
     """
     like, n = correlation.clone().fill_diagonal_(-torch.inf), len(correlation) // 2
-    members, budget = torch.eye(2 * n).to(like), [int(beta * n / 2)] * 2
+    of, budget = torch.arange(2 * n, device=like.device), [int(beta * n / 2)] * 2  # the channel that each is now
+    best, nearest = like.max(1)
     for _ in range(n):
-        i, j = sorted(divmod(int(like.argmax()), 2 * n))
-        members[i] += members[j]
+        i = int(best.argmax())
+        i, j = sorted((i, int(nearest[i])))
+        of[of == j] = i
         like[i] = alpha * torch.minimum(like[i], like[j])
         like[:, i] = like[i]
-        members[j], like[j], like[:, j], like[i, i] = 0, -torch.inf, -torch.inf, -torch.inf
+        like[j], like[:, j], like[i, i] = -torch.inf, -torch.inf, -torch.inf
+        stale = (nearest == i) | (nearest == j) | (like[i] > best)
+        stale[[i, j]] = True
         if (i < n) == (j < n):
             budget[i // n] -= 1
             if budget[i // n] <= 0:
                 own = slice(n) if i < n else slice(n, 2 * n)
-                like[own, own] = -torch.inf
-    return torch.nn.functional.normalize(members[members.sum(1) > 0], p=1)
+                like[own, own], stale[own] = -torch.inf, True
+        best[stale], nearest[stale] = like[stale].max(1)
+    return torch.nn.functional.normalize((of == of.unique()[:, None]).to(like), p=1)
 
 
 @torch.no_grad()

@@ -227,7 +227,7 @@ def curve(
     narrow: Sequence[int] = (NARROW,),
     policy: str = "",
     draws: int | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: Callable[[str], Sequence[int]] | None = None,
     split: str = "test",
     **about,
 ) -> pd.DataFrame:
@@ -242,14 +242,14 @@ def curve(
         narrow: for each a curve, see :class:`~weightsum_lib.study.sums.Sum`.
         policy: of the batch-norm statistics; by default that of each row's headline.
         draws: of random keys, at most as many as the parameter ``draws``; by default so many.
-        seeds: of the networks; by default those of the row.
+        seeds: those of a row, by its name; by default all that it has.
         split: "test" or "val".
         about: further fields of the sums.
     """
     cases, most = [], min(draws or study.params.draws, study.params.draws)
     for method in methods:
         how = policy or headline_policy(study.params, method)
-        for seed in study.params.seeds_of(method) if seeds is None else seeds:
+        for seed in (seeds or study.params.seeds_of)(method):
             each, head = members(study, method, networks, seed), (str(len(networks)), method, seed)
             cases += _alone(head, each, split)
             random = study.params.method(method).keys == "random"

@@ -95,6 +95,7 @@ class Method:
     owner_statistics: bool = _knob("in the sum each channel has its owner's batch-norm statistics", _ANY, False)
     centered_scale: bool = _knob("batch norm stores its scale's deviation from 1", _ANY, False, _ALONE_OR_JOINT)
     start: str = _knob("where networks start", _one_of("random", "shared"), "random", _ALONE_OR_JOINT)
+    longer: int = _knob("factor on the epochs", _from(1, 1000), 1, _ALONE_OR_JOINT, ())
     seeds: int = _knob("at most so many seeds", _from(1, 1000), 1000, _ALL, ())
 
     def trained(self) -> "Method":

@@ -14,9 +14,9 @@ def queue(study: Study) -> list[RunConfig]:
     wanted += [(DISJOINT, s, list(measure.THIRDS.values())) for s in p.seeds_of(DISJOINT)]
     wanted += [(m, s, measure.joining(p)) for m in (RANDOM, DISJOINT) for s in measure.joined_seeds(p, m)]
     wanted += [(BASELINE, 0, ["mnist stand-in", "svhn stand-in"])]
-    wanted += [(m, s, mains) for m in (RANDOM, ALONE, *p.parts_with("random")) for s in p.choice_seeds_of(RANDOM)]
+    wanted += [(m, s, mains) for m in (RANDOM, ALONE, *p.parts_with("random")) for s in p.choice_seeds_of(m)]
     loud = (DISJOINT, *p.parts_with("disjoint"))
-    wanted += [(m, s, [*mains, measure.NEITHER]) for m in loud for s in p.choice_seeds_of(DISJOINT)]
+    wanted += [(m, s, [*mains, measure.NEITHER]) for m in loud for s in p.choice_seeds_of(m)]
     found = []
     for method, seed, networks in wanted:
         if p.method(method).protocol == "sequential":

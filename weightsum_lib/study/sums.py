@@ -165,7 +165,7 @@ def zipit(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     return merging.fold(networks, channels, {group: merging.zipped(like, alpha, beta) for group, like in found})
 
 
-@functools.lru_cache(maxsize=2)  # several coefficients are tried
+@functools.lru_cache(maxsize=1)  # several coefficients are tried; a few hundred megabytes
 def _correlations(study: Study, what: Sum) -> dict[str, Tensor]:
     networks, images = _on_all_tasks(study, what, [study.run(m.config).networks[m.role] for m in what.members])
     return merging.correlations(networks, channels_of(what.members[0].config), images)
