@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 LEAST, MOST = (3, 11), (3, 13)
+GB = 10  # what is downloaded, and the 7 that stay: torch's CUDA libraries, on Linux
 OURS = "made-by-make"  # in an environment that was made here, and may be made again
 
 
@@ -90,6 +91,7 @@ if __name__ == "__main__":
             alone(file)
             sys.exit(install(Path(sys.argv[1]), "named" in sys.argv[2:]) or 0)
     except subprocess.CalledProcessError as error:
-        sys.exit(f"{error}; the same command tries again")
+        free = shutil.disk_usage(".").free / 1e9
+        sys.exit(f"{error}; the same command tries again (it takes up to {GB} GB of disk, {free:.1f} are free here)")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command begins the installation anew")

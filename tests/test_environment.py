@@ -174,6 +174,15 @@ def test_the_lock_is_installed_by_uv_where_it_is_there_else_by_pip(tmp_path, uv)
     assert called == f"{way} -r requirements.lock {way} --no-deps -e ."
 
 
+def test_an_installation_that_fails_says_how_much_disk_it_takes_and_how_much_is_free(tmp_path):
+    clone(tmp_path)
+    python = stand_in(tmp_path / "env" / "bin" / "python")
+    python.write_text("#!/bin/sh\nexit 1\n")
+    failed = subprocess.run([sys.executable, "install.py", "env"], cwd=tmp_path, capture_output=True, text=True)
+    assert failed.returncode == 1 and "Traceback" not in failed.stderr
+    assert re.search(r"tries again \(it takes up to 10 GB of disk, \d+\.\d are free here\)", failed.stderr)
+
+
 @needs_make
 def test_make_uses_an_active_conda_environment_but_not_the_base(tmp_path):
     clone(tmp_path)

@@ -58,7 +58,7 @@ def write_headline(folder: Path, target: Path) -> None:
     keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
     plots.use_style()
     target.mkdir(parents=True, exist_ok=True)
-    message = f"99 % of each skill is kept by {keep.sum()} of {len(keep)} kinds of pairs"
+    message = f"The sum keeps 99 % of both skills: {'; '.join(keep[keep].index) or 'none of these'}"
     plots.save(plots.before_after(kinds, message), target / "headline.png")
     last = list(found.values())[-1]["provenance"]
     p = last["params"]
