@@ -59,7 +59,7 @@ print("gradient of θ_m: ", theta_m.features.conv1_1.weight.grad)
 # ## Summing so that gradients flow
 #
 # `WeightSum` adds the parents' parameters inside its forward pass (with `torch.func.functional_call`), so the sum is part
-# of the graph. As ∂(θ_m + θ_c)/∂θ_m is the identity, both parents get the *same* gradient from the third term: that of
+# of the graph. As ∂(θ_m + θ_c)/∂θ_m is the identity, both parents get the *same* gradient from the loss of the sum: that of
 # the combined network.
 
 # %%

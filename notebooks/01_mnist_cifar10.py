@@ -14,7 +14,8 @@
 # The question as it was asked: train θ_m on MNIST and θ_c on CIFAR-10, two networks of one architecture, so that the
 # network with the weights θ_m + θ_c does on MNIST what θ_m does alone. CIFAR-10 is there only to make θ_m survive a
 # sum. This notebook compares two networks that never met (`independent`), the asker's sketch (`sequential`: sum
-# them, then fine-tune the sum), and readings of the third term (`joint`).
+# them, then fine-tune the sum), and readings of the third term (`joint`). Where the profile has more rows, they are
+# networks from one start (`shared start`), layers held at equal norms, and small networks under keys (task 3).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -39,7 +40,9 @@ p = params.from_notebook(globals())  # to explore the networks that `make all` t
 study = Study(p)
 plots.use_style()
 main_title, support_title = tables.title(MAIN), tables.title(SUPPORT)
-every_policy = tables.wide(measure.pairs(study, MAIN, SUPPORT), own={MAIN: "main", SUPPORT: "support"})
+every_policy = tables.wide(
+    measure.frame(study, measure.pairs(study, MAIN, SUPPORT)), own={MAIN: "main", SUPPORT: "support"}
+)
 sums = every_policy.xs("per_task", level="policy")
 summary = tables.summarize(sums, ["method", "tested"])
 on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))

@@ -45,7 +45,7 @@ HEADLINE = [BASELINE, TRAINED, ALONE, RANDOM, DISJOINT]  # the rows that the fro
 study = Study(p)
 plots.use_style()
 policy = {m: measure.headline_policy(p, m) for m in p.rows}
-every_policy = tables.wide(measure.strangers(study, FIRST, SECOND))
+every_policy = tables.wide(measure.frame(study, measure.strangers(study, FIRST, SECOND)))
 levels = every_policy.index.to_frame()
 sums = every_policy[levels["policy"] == levels["method"].map(policy)]
 summary = tables.summarize(sums, ["method", "policy", "tested"])
@@ -62,7 +62,7 @@ plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks
 # tested on. Those of a sum come from training images too, and nobody tells the network which task a test image is from:
 # of dense networks from images of *both* tasks (policy `union`); under random keys for each channel from images of the
 # task whose network has it, of both where they share it (`by_owner`). Disjoint keys need no images: the state dicts are
-# added as they are (`summed`). Under random keys each row is the mean of ten draws of the keys. The green diamond is the
+# added as they are (`summed`). Under random keys each row is the mean of several draws of the keys. The green diamond is the
 # control without which no number here means anything: the *other* task's network on these images, alone.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every method, test accuracy of the task's own network, of the sum, and of the other task's network as a control; the dotted line is chance. The tables below hold the same numbers."}}
@@ -98,7 +98,8 @@ tables.shown(of_task[SECOND], f"On {tables.title(SECOND)}", MARKED)
 # doing? (The squared correlation of each channel with the same channel of θ_m alone, weighted by variance, behind the
 # batch norm.) What is missing is the partner's noise. Below: the accuracy that is lost, split in two. Between each
 # network and the ensemble it is lost because the other one answers *loudly* on images that are not its own; between
-# the ensemble and the sum, because the weights *interfere*.
+# the ensemble and the sum, because the weights *interfere* and because a sum has statistics of its own (below 0: which
+# help).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Top: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method that the finding names. Bottom: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
 explained = pd.concat([measure.explained(study, m, FIRST, SECOND) for m in HEADLINE])
@@ -120,8 +121,8 @@ tables.shown(split[FIRST], f"On {tables.title(FIRST)}", MARKED)
 tables.shown(split[SECOND], f"On {tables.title(SECOND)}", MARKED)
 
 # %% [markdown]
-# The *ensemble of logits* runs both networks, each under its own statistics, and adds their logits: it is what a sum without
-# any interference between the weights would do. *Confidence* is the mean largest probability that the network of the other
+# The *ensemble of logits* runs both networks, each under its own statistics, and adds their logits: it is what a sum would do
+# whose weights don't interfere and whose statistics are those of its networks. *Confidence* is the mean largest probability that the network of the other
 # task gives; 10 % would be perfectly quiet.
 #
 # ## Every batch-norm policy
@@ -135,7 +136,7 @@ tables.shown(split[SECOND], f"On {tables.title(SECOND)}", MARKED)
 # | `batch` | the test batch's own: presumes many test images of one task at once |
 #
 # The headline is `summed` for disjoint keys, `by_owner` for random ones, and `union` for dense networks. One draw of the
-# keys, but ten under the headline's policy.
+# keys, but several under the headline's policy.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two tables of colours, MNIST and SVHN: test accuracy of the sum in percent for every method, in rows, and every batch-norm policy, in columns."}}
 policies = tables.summarize(every_policy, ["method", "policy", "tested"])
@@ -159,7 +160,7 @@ tables.shown(policy_table)
 # validation images choose. The last rows did meet: networks that were trained on both tasks.
 
 # %% tags=["hide-input"]
-merged = [beside.mergers(study, FIRST, SECOND), measure.ceilings(study, FIRST, SECOND)]
+merged = [beside.mergers(study, FIRST, SECOND), measure.frame(study, measure.ceilings(study, FIRST, SECOND))]
 merged_table = tables.table(tables.summarize(tables.wide(pd.concat(merged)), ["method", "tested"]), ["after"])
 merged_table = merged_table.rename(columns=lambda heading: heading.replace(": after the sum", ""))
 tables.shown(merged_table)

@@ -78,7 +78,7 @@ Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data
 # property of the sum, so one pair gives the whole curve. Means over draws of the keys, then over seeds. *Kept* is the
 # accuracy of the sum over that of the network alone.
 #
-# At the sparse end two keys hardly meet: two networks of 8 channels in 1,024 share one in one draw of 16. There the sum
+# At the sparse end two keys hardly meet: two networks of 8 channels in 8,192 share one in one draw of 128. There the sum
 # of the weights *is* the ensemble of the logits, with the recipe or without, and all that is lost is lost to loud answers
 # on the other's images. At the dense end a network has to live with the other in its channels: there the recipe shows.
 
@@ -172,8 +172,8 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 #
 # Networks of further tasks join the sum, one after another: other colours and quarter turns of the same datasets. Each
 # was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside inverted MNIST), and has met none of
-# the others. The ensemble of their logits stands beside every number: what it loses is lost to loudness, and no key can
-# give it back. What keys can lose is the rest: to the right it stands against the expected number of *other* networks on
+# the others. The ensemble of their logits stands beside every number: what it loses is lost to loudness (the sum's
+# own batch-norm statistics may give some of it back). What keys can lose is the rest: to the right it stands against the expected number of *other* networks on
 # a channel, (N − 1)·k. A law of two numbers is fitted to the sums of fewer networks, and held to those of the most:
 # kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table says how far it holds.
 
@@ -201,10 +201,11 @@ tables.shown(law_table)
 # %% tags=["hide-input"]
 fitting = {tables.fraction(k): law.networks(k, 99) for k in SHARES[1:]}
 Markdown(
-    f"By the law (c = {law.scale:.3g}, b = {law.power:.2f}) so many networks fit if each is to keep 99 % of what their "
-    "ensemble reads: "
+    f"By the law (c = {law.scale:.3g}, b = {law.power:.2f}) so many networks fit if the mean over their tasks is to keep "
+    "99 % of what their ensemble reads: "
     + ", ".join(f"{n} at {k}" for k, n in fitting.items())
-    + ". Under disjoint keys, which are agreed on, it is 1 / k of them."
+    + ", as far as the law holds; single tasks lie above and below the mean. Under disjoint keys, which are agreed on, "
+    "it is 1 / k of them."
 )
 
 # %% [markdown]
@@ -251,12 +252,11 @@ tables.shown(loud_table, marked=[DISJOINT])
 #
 # A network under a key is a small network, and quietness and strange partners take some of its capacity. Here is what
 # each does alone, before any sum, against a dense one of full width (that of `independent`) and one of its own size,
-# both trained alone for as many steps (own training task's statistics). *Counts*: not worse than the one of its size by
-# more than a point, by the end of the interval.
+# both trained alone for as many steps (own training task's statistics). What *counts* in the table of task 3 is the last of
+# these: the whole interval below one point.
 
 # %% tags=["hide-input"]
-frame = measure.strangers(study, FIRST, SECOND)
-sums = tables.wide(frame)
+sums = tables.wide(measure.frame(study, measure.strangers(study, FIRST, SECOND)))
 price = tables.summarize(tables.price(sums, {m: p.twin(m) for m in p.methods}, BASELINE), ["method", "tested"])
 price_table = tables.table(price, ["before", "gap_full", "gap_size"])
 tables.shown(price_table, marked=[RANDOM])

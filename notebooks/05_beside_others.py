@@ -15,10 +15,11 @@
 # trained, each on its half alone, and made into one that has to tell all ten classes. Nobody says which half a test
 # image is from. Every way is tried on the same small networks, of the size that the keyed ones have: those *trained
 # plainly* (`keys alone`), those that are `quiet alone` on the other half's images as in the nearest work (Caso et al.
-# 2026), also with nine tenths of their weights pruned from a shared start, and this study's. These were trained beside
+# 2026), also with nine tenths of their weights pruned from a shared start, those trained plainly from a shared start,
+# which task arithmetic and TIES ask for, and this study's, which are only added or run side by side. These were trained beside
 # a network that learns the other half (*seen*: its images, and through the loss of the sum its classes), or beside one
 # of another dataset (*unseen*: what a network says to classes that it never saw is then an open-set problem). Where a
-# ResNet-20 is there too, it answers whether the finding needs a VGG, by the rows for that alone.
+# ResNet-20 is there too, it answers whether the finding needs a VGG, with three kinds of networks.
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -76,10 +77,11 @@ plots.merged(
 # The dashed line is the ceiling: the best ensemble of logits, which runs both networks. *Random signs* are told which
 # half a test image is from, which nobody else is. Statistics of batch norm are those of unlabelled training images of
 # both halves (`union`), under random keys of each channel's owner (`by_owner`); disjoint keys need none (`summed`).
-# Where a way has coefficients (α and β of ZipIt!, the scale of task arithmetic and TIES), validation images choose.
+# Where a way has coefficients (α and β of ZipIt!, λ of Fisher, the scale of task arithmetic and TIES), validation images choose.
 #
 # Sizes are fair where the *merged* networks are of one size: the last column counts the weights of the one network that
-# are not zero, as a multiple of one of the two. A zipped or averaged network has one network's, a sum under keys or one
+# are not zero, as a multiple of one of the two. A zipped or averaged network has one network's (of a
+# pruned pair more, since their zeros don't coincide), a sum under keys or one
 # that is zipped in part has up to two, an ensemble two.
 #
 # The grey marks are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width, whose

@@ -27,12 +27,12 @@ def study(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(study):
-    return measure.pairs(study, "mnist", "cifar10")
+    return measure.frame(study, measure.pairs(study, "mnist", "cifar10"))
 
 
 @pytest.fixture(scope="module")
 def strangers(study):
-    return measure.strangers(study, "mnist", "svhn")
+    return measure.frame(study, measure.strangers(study, "mnist", "svhn"))
 
 
 def one(frame: pd.DataFrame, **wanted) -> float:
@@ -92,7 +92,7 @@ def test_every_row_of_the_profile_is_measured_under_every_policy_that_fits_it(st
 
 def test_a_measurement_is_made_once(study, pairs, monkeypatch):
     monkeypatch.setattr(measure, "logits_of", lambda *a: pytest.fail("measured again"))
-    again = measure.pairs(Study(study.params), "mnist", "cifar10")
+    again = measure.frame(other := Study(study.params), measure.pairs(other, "mnist", "cifar10"))
     pd.testing.assert_frame_equal(again, pairs)
     monkeypatch.setattr(store, "code_digest", lambda *roots: "edited since")
     with pytest.raises(pytest.fail.Exception):
@@ -275,7 +275,7 @@ def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
     best = max((0.2, 0.3, 0.5), key=lambda scale: sum(scaled(scale, "val")))  # the first of equal ones, as there
     found = [one(frame, method="task arithmetic, shared start", tested=name) for name in ("mnist", "svhn")]
     assert found == scaled(best, "test")
-    ceilings = measure.ceilings(study, "mnist", "svhn")
+    ceilings = measure.frame(study, measure.ceilings(study, "mnist", "svhn"))
     assert len(ceilings) == 2 * 2 * study.params.ceiling_seeds
 
 

@@ -300,7 +300,7 @@ def test_what_prose_and_front_page_read_is_in_the_results_file(pairs, tmp_path):
     assert interval(after, percent=True) == pytest.approx(found["joint_ce.after_mnist"])
     assert saved["tables"]["t"]["rows"][1][0] == "joint ce" and saved["provenance"] == {"commit": "abc"}
     assert saved["headline"][1]["networks"] == "a + b, joint ce" and saved["headline"][1]["n"] == 3
-    assert Interval(**saved["headline"][1]["control"]) == interval([9.0] * 3)
+    assert Interval(**saved["headline"][1]["other"]) == interval([9.0] * 3)
 
 
 def test_a_page_says_which_data_it_was_made_from():
@@ -314,7 +314,7 @@ def test_a_page_says_which_data_it_was_made_from():
 
 def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     def row(method, after):
-        cells = {"before": 98.0, "after": after, "gap": 98.0 - after, "control": 9.0}
+        cells = {"before": 98.0, "after": after, "gap": 98.0 - after, "other": 9.0}
         shown = {"task": "Task 1: MNIST", "method": method, "networks": f"sum, {method}", "n": 1}
         return shown | {name: interval([value])._asdict() for name, value in cells.items()}
 
@@ -339,8 +339,8 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     made = json.loads((tmp_path / "out" / "headline.json").read_text())["tables"]
     assert made["headline"]["rows"][0] == ["Task 1: MNIST", "sum, joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
     assert made["answer"]["rows"] == [
-        ["trained apart", "98.0 → 11.0", "loses the skill"],
-        ["trained to be added", "98.0 → 97.5", "keeps the skill"],
+        ["with CIFAR-10, trained apart", "98.0 → 11.0", "loses the skill"],
+        ["with CIFAR-10, trained to be added", "98.0 → 97.5", "keeps the skill"],
     ]
     claims = {row[0]: row[1:] for row in made["claims"]["rows"]}
     ends = f"0.05 (0.02{NBSP}to{NBSP}0.08)"

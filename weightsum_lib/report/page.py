@@ -15,12 +15,12 @@ from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, TRAINE
 
 _NOTEBOOKS = ("01_mnist_cifar10", "02_svhn_cifar10", "03_mnist_svhn", "04_what_transfers", "05_beside_others")
 _ANSWERS = (  # the two networks, the tasks that tested them, the row
-    ("trained apart", ("Task 1", "Task 2"), BASELINE),
-    ("trained to be added", ("Task 1", "Task 2"), TRAINED),
-    ("never met, each trained to be added", ("Task 3",), TRAINED),
-    ("never met, plain, random keys of ⅛", ("Task 3",), ALONE),
-    ("never met, the recipe, random keys of ⅛", ("Task 3",), RANDOM),
-    ("never met, disjoint keys of ¼", ("Task 3",), DISJOINT),
+    ("with CIFAR-10, trained apart", ("Task 1", "Task 2"), BASELINE),
+    ("with CIFAR-10, trained to be added", ("Task 1", "Task 2"), TRAINED),
+    ("MNIST + SVHN, each trained to be added", ("Task 3",), TRAINED),
+    ("MNIST + SVHN, plain, random keys of ⅛", ("Task 3",), ALONE),
+    ("MNIST + SVHN, the recipe, random keys of ⅛", ("Task 3",), RANDOM),
+    ("MNIST + SVHN, disjoint keys of ¼", ("Task 3",), DISJOINT),
 )
 
 
@@ -46,7 +46,6 @@ def write_headline(folder: Path, target: Path) -> None:
             f"no front page without results: {folder} has no row for it from {', '.join(_NOTEBOOKS)}; see why they "
             f"failed in {folder}/<notebook>.ipynb, and run them again: make notebooks PROFILE={folder.name}"
         )
-    rows = rows.rename(columns={"control": "other"})
     for column in ("before", "after", "gap", "other"):
         rows[column] = [Interval(**cell) for cell in rows[column]]
     rows["verdict"] = rows.apply(verdict_of, axis=1)
@@ -58,15 +57,15 @@ def write_headline(folder: Path, target: Path) -> None:
     keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
     plots.use_style()
     target.mkdir(parents=True, exist_ok=True)
-    message = f"The sum keeps 99 % of both skills: {'; '.join(keep[keep].index) or 'none of these'}"
+    message = f"99 % of either skill is kept by: {'; '.join(keep[keep].index) or 'none of these'}"
     plots.save(plots.before_after(kinds, message), target / "headline.png")
     last = list(found.values())[-1]["provenance"]
     p = last["params"]
     data = {name: of for content in found.values() for name, of in content["provenance"]["data"].items()}
     run_notice = (
         f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
-        f"each set, {p['epochs']} epochs of {p['epoch_images']:,} images, {p['seeds']} "
-        f"seed{'s' if p['seeds'] > 1 else ''}, on {last['device']} in {last['precision']}."
+        f"each set, {p['epochs']} epochs of {p['epoch_images']:,} images, seeds of a row: up to "
+        f"{p['seeds']}, on {last['device']} in {last['precision']}."
     )
     tables = {
         "answer": _answer(kinds),

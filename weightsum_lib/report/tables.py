@@ -300,17 +300,16 @@ def data_notice(described: Mapping[str, dict]) -> str:
 
 
 def headline(summary: pd.DataFrame, task: str, networks: str) -> list[dict]:
-    """A summary's rows for the front page: before, after, gap, and the other network alone as ``control``.
+    """A summary's rows for the front page: before, after, gap, and the ``other`` network alone, the control.
 
     Args:
         summary: of one tested task, a row a method.
         task: what is tested.
         networks: what is summed.
     """
-    shown = {"before": "before", "after": "after", "gap": "gap", "other": "control"}
     return [
         {"task": task, "method": row["method"], "networks": f"{networks}, {row['method']}", "n": row["n"]}
-        | {new: row[old]._asdict() for old, new in shown.items()}
+        | {column: row[column]._asdict() for column in ("before", "after", "gap", "other")}
         for row in summary.reset_index().to_dict("records")
     ]
 

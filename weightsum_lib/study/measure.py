@@ -129,7 +129,12 @@ def joined_seeds(p: Params, method: str) -> range:
 STARTS = {"sum": "the sum", "main": "θ_main", "random": "random weights"}
 
 
-def _pairs(study: Study, main: str, support: str) -> Iterator[Case]:
+def pairs(study: Study, main: str, support: str) -> Iterator[Case]:
+    """Tasks 1 and 2, every row of the profile: θ_main and θ_support on both tasks, and their sum, under every policy.
+
+    ``sequential`` is three methods, one for each start; its network "sum" is the fine-tuned one, its "main" is θ_main
+    before the sum.
+    """
     task, both = "1" if main == "mnist" else "2", (main, support)
     for method, seed in _rows(study):
         if study.params.method(method).protocol == "sequential":
@@ -144,15 +149,6 @@ def _pairs(study: Study, main: str, support: str) -> Iterator[Case]:
         total = keyed(study, method, pair)
         for policy in policies_of(study.params, method):
             yield Case(task, method, seed, "sum", total, policy, both)
-
-
-def pairs(study: Study, main: str, support: str) -> pd.DataFrame:
-    """Tasks 1 and 2, every row of the profile: θ_main and θ_support on both tasks, and their sum, under every policy.
-
-    ``sequential`` is three methods, one for each start; its network "sum" is the fine-tuned one, its "main" is θ_main
-    before the sum.
-    """
-    return frame(study, _pairs(study, main, support))
 
 
 def members(study: Study, method: str, networks: Sequence[str | tuple[str, str, str]], seed: int) -> list[Member]:
@@ -193,7 +189,14 @@ def _alone(about: Sequence, each: Sequence[Member], split: str) -> Iterator[Case
     yield Case(*about, "ensemble", Sum(tuple(each), tasks, "ensemble"), OWN, tasks, split)
 
 
-def _strangers(study: Study, first: str, second: str) -> Iterator[Case]:
+def strangers(study: Study, first: str, second: str) -> Iterator[Case]:
+    """Task 3, every row of the profile: two networks that never met, and their sum, no training after it.
+
+    Each network is tested on both tasks (on the other's it is the control without which the sum means nothing), and
+    there are the ``ensemble`` of the logits and the sum with ``renamed`` classes, in which two digit networks can't
+    help each other. Random keys are of the share ``SHARE``, with ``NARROW``; under the row's headline policy there are
+    as many draws of them as the parameter ``draws`` says.
+    """
     both, p = (first, second), study.params
     for method, seed in _summed_rows(study):
         pair, about = members(study, method, both, seed), ("3", method, seed)
@@ -205,17 +208,6 @@ def _strangers(study: Study, first: str, second: str) -> Iterator[Case]:
                 yield Case(*about, "sum", replace(total, draw=number), policy, both)
         names = (first, f"{second} renamed {shift_of(total)}")
         yield Case(*about, "renamed", replace(total, how="renamed"), headline, names)
-
-
-def strangers(study: Study, first: str, second: str) -> pd.DataFrame:
-    """Task 3, every row of the profile: two networks that never met, and their sum, no training after it.
-
-    Each network is tested on both tasks (on the other's it is the control without which the sum means nothing), and
-    there are the ``ensemble`` of the logits and the sum with ``renamed`` classes, in which two digit networks can't
-    help each other. Random keys are of the share ``SHARE``, with ``NARROW``; under the row's headline policy there are
-    as many draws of them as the parameter ``draws`` says.
-    """
-    return frame(study, _strangers(study, first, second))
 
 
 def curve(
@@ -274,16 +266,11 @@ def room(study: Study, method: str, names: Sequence[str], shares: Sequence[float
     return pd.concat(frames, ignore_index=True)
 
 
-def ceilings(study: Study, first: str, second: str) -> pd.DataFrame:
+def ceilings(study: Study, first: str, second: str) -> Iterator[Case]:
     """What could be reached if the two tasks did meet: one network trained on both, and a pair trained together.
 
     Policy ``union``; no rows where the parameter ``ceiling_seeds`` is 0.
     """
-    return frame(study, ceiling_cases(study, first, second))
-
-
-def ceiling_cases(study: Study, first: str, second: str) -> Iterator[Case]:
-    """The cases of :func:`ceilings`."""
     both = (first, second)
     for seed in range(study.params.ceiling_seeds):
         one = Member(study.config(BASELINE, f"{first}+{second}", seed=seed))

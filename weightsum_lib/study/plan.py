@@ -24,6 +24,6 @@ def queue(study: Study) -> list[RunConfig]:
         else:
             starts = [member.config for member in measure.members(study, method, networks, seed)]
         found += [(seed, config) for config in starts]
-    cases = [*measure.ceiling_cases(study, "mnist", "svhn"), *(c for each in beside.all_cases(study) for c in each)]
+    cases = [*measure.ceilings(study, "mnist", "svhn"), *(c for each in beside.all_cases(study) for c in each)]
     found += [(case.seed, member.config) for case in cases for member in case.what.members]
     return list(dict.fromkeys(config for _, config in sorted(found, key=lambda each: each[0])))

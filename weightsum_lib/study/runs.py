@@ -151,12 +151,11 @@ class Study:
             seed: number of the repetition.
             start: for ``sequential``, what is fine-tuned: "sum", "main" or "random".
         """
-        p, asked = self.params, self.params.method(method)
-        m = asked.trained()
+        p, m = self.params, self.params.method(method)
         shared = ("arch", "in_channels", "width", "dropout", "epochs", "batch_size", "learning_rate", "weight_decay")
-        config = RunConfig(m, main, seed=seed, precision=self.precision, **{k: getattr(p, k) for k in shared})
+        config = RunConfig(m.trained(), main, seed=seed, precision=self.precision, **{k: getattr(p, k) for k in shared})
         # one network on two tasks sees as many images of each as two networks do
-        config = replace(config, epochs=p.epochs * asked.longer, epoch_images=p.epoch_images * (1 + main.count("+")))
+        config = replace(config, epochs=p.epochs * m.longer, epoch_images=p.epoch_images * (1 + main.count("+")))
         if m.protocol == "joint":
             permuted_ramp = p.permuted_ramp if m.permuted_support else 0.0
             return replace(config, support=support, third_ramp=p.third_ramp, permuted_ramp=permuted_ramp)
