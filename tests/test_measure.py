@@ -96,7 +96,7 @@ def test_a_measurement_is_made_once(study, pairs, monkeypatch):
     pd.testing.assert_frame_equal(again, pairs)
     monkeypatch.setattr(store, "code_digest", lambda *roots: "edited since")
     with pytest.raises(pytest.fail.Exception):
-        measure.frame(study, [*measure._strangers(study, "mnist", "svhn")][:1])
+        measure.frame(study, [*measure.strangers(study, "mnist", "svhn")][:1])
 
 
 def test_which_images_were_right_is_kept_and_tells_the_sampling_error(study):
@@ -325,8 +325,8 @@ def test_layers_and_histories_are_those_of_the_pairs(study, pairs):
 
 def test_the_queue_holds_every_run_behind_the_tables_a_seed_of_all_rows_first(study):
     queue = plan.queue(study)
-    cases = [*measure._pairs(study, "mnist", "cifar10"), *measure._pairs(study, "svhn", "cifar10")]
-    cases += measure._strangers(study, "mnist", "svhn")
+    cases = [*measure.pairs(study, "mnist", "cifar10"), *measure.pairs(study, "svhn", "cifar10")]
+    cases += measure.strangers(study, "mnist", "svhn")
     summed = [("disjoint keys", [*measure.THIRDS.values()]), ("random keys", measure.joining(study.params))]
     further = [member for method, networks in summed for member in measure.members(study, method, networks, 0)]
     assert {member.config for member in [*further, *(m for case in cases for m in case.what.members)]} <= set(queue)

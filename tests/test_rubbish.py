@@ -149,7 +149,7 @@ def must_work(p):
     """Networks, keys and sums of the report can be built: shapes alone, on the meta device."""
     few = {"seeds": 1, "choice_seeds": min(p.choice_seeds, 1), "ceiling_seeds": min(p.ceiling_seeds, 1)}
     study = runs.Study(replace(p, device="cpu", precision="auto", **few))
-    cases = [*measure._pairs(study, "mnist", "cifar10"), *measure._strangers(study, "mnist", "svhn")]
+    cases = [*measure.pairs(study, "mnist", "cifar10"), *measure.strangers(study, "mnist", "svhn")]
     for halved, row in product(p.halves, p.merged):
         cases += [case for candidates in beside._cases(study, halved, row, 0) for case in candidates]
     sums = dict.fromkeys(replace(case.what, draw=0) for case in cases)
