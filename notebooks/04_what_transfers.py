@@ -152,12 +152,14 @@ plots.by_draw(
 # the profile has `choice_seeds`). Differences are paired by seed; where n is 1 they are a hint, no more.
 
 # %% tags=["hide-input"]
-columns = ["before", "ensemble", "after", "kept"]
 compared = [RANDOM, ALONE, *p.parts_with("random")]
 of_parts = tables.wide(measure.curve(study, compared, BOTH, (HEADLINE, 1 / 4), **choosing))
-at_share = {k: tables.against(of_parts.xs(k, level="share"), RANDOM, columns) for k in (HEADLINE, 1 / 4)}
-of_share = {tables.fraction(k): tables.by_task(found, [*columns, "difference"]) for k, found in at_share.items()}
-part_table = pd.concat(of_share, names=["k"]).reset_index("k")
+at = {k: tables.against(of_parts.xs(k, level="share"), RANDOM, ["before", "kept"]) for k in (HEADLINE, 1 / 4)}
+worth = at[HEADLINE][["before", "n"]]
+for k, found in at.items():
+    worth[f"kept at {tables.fraction(k)} (%)"] = found["kept"]
+    worth[f"difference to the first row at {tables.fraction(k)} (points)"] = found["difference"]
+part_table = tables.by_task(worth, [*worth.columns.drop("n")])
 tables.shown(part_table, marked=[RANDOM])
 
 # %% [markdown]
@@ -244,6 +246,7 @@ loud = measure.curve(
     split="val",
     seeds=p.choice_seeds_of,
 )
+columns = ["before", "ensemble", "after", "kept"]
 loud_table = tables.by_task(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
 tables.shown(loud_table, marked=[DISJOINT])
 
