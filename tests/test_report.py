@@ -377,12 +377,6 @@ def test_the_law_of_capacity_is_found_again_and_held_to_what_it_was_not_fitted_t
     assert findings.capacity(bent, (2, 4))[0] == law  # what it is held to has no part in it
 
 
-def test_a_page_that_the_stored_run_lacks_is_its_prose_and_says_so(tmp_path):
-    page.write_without_numbers(tmp_path / "a.ipynb", "# %% [markdown]\n# # A page\n\n# %%\n1 / 0\n")
-    (cell,) = json.loads((tmp_path / "a.ipynb").read_text())["cells"]
-    assert "# A page" in "".join(cell["source"]) and "{note}" in "".join(cell["source"])
-
-
 def test_tables_of_each_task_stand_below_each_other():
     index = pd.MultiIndex.from_product([["a", "b"], ["mnist", "svhn"]], names=["method", "tested"])
     summary = pd.DataFrame({"after": [interval([float(v)]) for v in range(4)], "n": 1}, index)

@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import asdict, field, make_dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,14 +295,39 @@ def test_progress_goes_to_the_terminal_after_what_the_runner_puts_before_it(capf
     assert capfd.readouterr().err == "a line\n  a notebook: a line\n"
 
 
-@pytest.mark.parametrize("asked, on_cpu, on_gpu", [(0, 4, 1), (3, 3, 3), (99, 8, 8)])
-def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, on_cpu, on_gpu):
+@pytest.mark.parametrize(
+    "asked, gib, on_cpu, on_gpu",
+    [(0, 64, 4, 1), (0, 6, 2, 1), (0, 4, 1, 1), (0, 1, 1, 1), (3, 64, 3, 3), (3, 4, 3, 3), (99, 64, 8, 8)],
+)
+def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, gib, on_cpu, on_gpu):
     monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
+    monkeypatch.setattr(runs, "_memory", lambda: gib << 30)
     study, found = Study(tiny_params(tmp_path, networks_at_once=asked)), []
     for kind in ("cpu", "cuda"):
         study.device = torch.device(kind)
         found.append(study.at_once())
     assert found == [on_cpu, on_gpu]
+
+
+@pytest.mark.parametrize(
+    ("file", "says", "found"),
+    [
+        ("none", "", 5000),
+        ("memory.max", "1000\n", 1000),
+        ("memory.max", "max\n", 5000),
+        ("memory/memory.limit_in_bytes", "1000\n", 1000),
+        ("memory/memory.limit_in_bytes", "9223372036854771712\n", 5000),
+    ],
+)
+def test_memory_is_that_of_the_machine_or_less_where_a_container_has_less(monkeypatch, file, says, found):
+    def read_text(path):
+        if str(path) != f"/sys/fs/cgroup/{file}":
+            raise FileNotFoundError(path)
+        return says
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(runs.psutil, "virtual_memory", lambda: SimpleNamespace(total=5000))
+    assert runs._memory() == found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

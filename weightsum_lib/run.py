@@ -305,7 +305,7 @@ def build_book(folder: Path) -> Path:
         RunError: nothing to build from, or a page has a broken link or a missing number.
     """
     missing = [name for name in notebook_names() if not (folder / f"{name}.ipynb").exists()]
-    if missing and folder != PUBLISHED:
+    if missing:
         raise RunError(f"{folder} has no executed {', '.join(missing)}; make them: make all PROFILE={folder.name}")
     for name in notebook_names() if folder != PUBLISHED else ():
         made, kept = _digests(*_made(name, folder)), store.read_json(folder / f"{name}.stamp.json")
@@ -331,8 +331,6 @@ def build_book(folder: Path) -> Path:
             to = source / ("notebooks" if path.suffix == ".ipynb" else "results")
             to.mkdir(exist_ok=True)
             shutil.copyfile(path, to / path.name)
-        for name in missing:
-            page.write_without_numbers(source / "notebooks" / f"{name}.ipynb", _source(name))
         page.write_headline(folder, source / "results")
         stamp_file.unlink(missing_ok=True)
         shutil.rmtree(first.parent, ignore_errors=True)

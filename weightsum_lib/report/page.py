@@ -150,22 +150,6 @@ def _profiles(folder: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["Profile", "Device", *_TIMES])
 
 
-def write_without_numbers(path: Path, source: str) -> None:
-    """The page of a notebook that is younger than the stored run: its prose, and a word on what is still to come.
-
-    Args:
-        path: of the page, an ``.ipynb``.
-        source: the notebook as a text (jupytext, ``py:percent``).
-    """
-    import jupytext
-
-    notebook = jupytext.reads(source, "py:percent")
-    notebook.cells = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
-    said = "The stored run is older than this page. `make all` makes its numbers and figures."
-    notebook.cells[0].source += f"\n\n```{{note}}\n{said}\n```"
-    path.write_text(jupytext.writes(notebook, "ipynb"), encoding="utf-8")
-
-
 def publish(files: Sequence[Path], folder: Path, target: Path, readme: Path) -> None:
     """Keep a finished run as the published one, and bring the README's headline up to date.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from timeit import timeit
 
 import joblib
+import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,7 +27,7 @@ from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
 version = functools.cache(metadata.version)  # it reads files each time
-_MOST_AT_ONCE = 4  # a worker takes about a gigabyte
+_MOST_AT_ONCE, _WORKER = 4, 3 << 29  # a worker takes up to a gigabyte and a half, all else up to two
 _LOADED = 1 << 28  # bytes of networks that a process keeps in memory
 
 
@@ -264,7 +265,8 @@ class Study:
 
     def at_once(self) -> int:
         """How many networks are trained at once."""
-        by_default = _MOST_AT_ONCE if self.device.type == "cpu" else 1
+        fit = min(_MOST_AT_ONCE, max(1, (_memory() - (2 << 30)) // _WORKER))
+        by_default = fit if self.device.type == "cpu" else 1
         return min(joblib.cpu_count(), self.params.networks_at_once or by_default)
 
     def train_here(self, config: RunConfig, on_epoch: Callable[[dict], None] = lambda row: None) -> None:
@@ -363,6 +365,15 @@ class Study:
             "training_seconds": {name: sum(row["seconds"] for row in rows) for name, rows in histories.items()},
             "measuring_seconds": sum(self._measuring_seconds.values()),
         }
+
+
+def _memory() -> int:
+    """Bytes of memory that there are: this machine's, or what its container is given."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # of another kind; "max"
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(limits)
 
 
 def _versions() -> dict[str, str]:
