@@ -383,15 +383,16 @@ def fisher_information(network: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError: a parameter that requires no gradient; it is named.
     """
-    parameters, total = dict(network.named_parameters()), 0.0
+    parameters = dict(network.named_parameters())
+    total = [torch.zeros_like(p) for p in parameters.values()]
     if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
         raise ValueError(f"'{frozen[0]}' requires no gradient, so nothing says how much it is felt; unfreeze it")
     for image in x.split(1):
         likely = network(image)[0].log_softmax(0)
         for log in likely:
-            gradients = torch.autograd.grad(log, list(parameters.values()), retain_graph=True)
-            total = total + log.detach().exp() * _vector(gradients) ** 2 / len(x)
-    total = total.clamp(min=1e-6)
+            for t, g in zip(total, torch.autograd.grad(log, list(parameters.values()), retain_graph=True), strict=True):
+                t.addcmul_(g, g, value=log.exp().item() / len(x))
+    total = _vector(total).clamp(min=1e-6)
     return total / total.norm()
 
 
