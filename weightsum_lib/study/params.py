@@ -141,7 +141,7 @@ class Params:
     results_dir: str = _knob("folder of the results", (_is_inside, "a folder in the repository, or an absolute path"))
     device: str = _knob("where to compute", _one_of("auto", "cpu", "cuda"))
     precision: str = _knob("of the forward pass; auto: the processor's", _one_of("auto", "float32", "bfloat16"))
-    networks_at_once: int = _knob("networks at once; 0: on a CPU one a core (at most four), else one", _from(0, 1024))
+    networks_at_once: int = _knob("networks at once; 0: what cores and memory allow, on a GPU one", _from(0, 1024))
 
     @property
     def methods(self) -> dict[str, Method]:
