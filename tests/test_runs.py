@@ -301,7 +301,7 @@ def test_progress_goes_to_the_terminal_after_what_the_runner_puts_before_it(capf
 )
 def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, gib, on_cpu, on_gpu):
     monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
-    monkeypatch.setattr(runs, "_memory", lambda: gib << 30)
+    monkeypatch.setattr(pool, "memory", lambda: gib << 30)
     study, found = Study(tiny_params(tmp_path, networks_at_once=asked)), []
     for kind in ("cpu", "cuda"):
         study.device = torch.device(kind)
@@ -326,8 +326,8 @@ def test_memory_is_that_of_the_machine_or_less_where_a_container_has_less(monkey
         return says
 
     monkeypatch.setattr(Path, "read_text", read_text)
-    monkeypatch.setattr(runs.psutil, "virtual_memory", lambda: SimpleNamespace(total=5000))
-    assert runs._memory() == found
+    monkeypatch.setattr(pool.psutil, "virtual_memory", lambda: SimpleNamespace(total=5000))
+    assert pool.memory() == found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

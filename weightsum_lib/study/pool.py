@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
+from pathlib import Path
 
+import psutil
 from joblib.externals.loky import get_reusable_executor
 
 from weightsum_lib.study.params import ParamsError
@@ -33,6 +35,15 @@ def _here(name: str, call: Callable, work: float) -> Future:
     future = Future()
     future.set_result(call())
     return future
+
+
+def memory() -> int:
+    """Bytes of memory that there are: this machine's, or what its container is given."""
+    limits = [psutil.virtual_memory().total]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # of another kind; "max"
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(limits)
 
 
 @dataclass(frozen=True)

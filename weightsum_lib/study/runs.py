@@ -15,7 +15,6 @@ from pathlib import Path
 from timeit import timeit
 
 import joblib
-import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -265,7 +264,7 @@ class Study:
 
     def at_once(self) -> int:
         """How many networks are trained at once."""
-        fit = min(_MOST_AT_ONCE, max(1, (_memory() - (2 << 30)) // _WORKER))
+        fit = min(_MOST_AT_ONCE, max(1, (pool.memory() - (2 << 30)) // _WORKER))
         by_default = fit if self.device.type == "cpu" else 1
         return min(joblib.cpu_count(), self.params.networks_at_once or by_default)
 
@@ -336,8 +335,11 @@ class Study:
 
         if missing:
             with self._workers(len(missing)) as (workers, _, shared):
-                for path, value in (workers if shared else pool.Pool()).each(missing, job):
+                made = (workers if shared else pool.Pool()).each(missing, job)
+                for number, (path, value) in enumerate(made, start=1):
                     store.write_sealed(path, {"key": contents[missing[path]], **value})
+                    if number % 20 == 0:  # it may take minutes
+                        report_progress(f"measured {number} of {len(missing)}")
         found = [store.read_sealed(path) for path in paths]
         self._measuring_seconds |= {path.stem: content["seconds"] for path, content in zip(paths, found, strict=True)}
         return [content["value"] for content in found]
@@ -365,15 +367,6 @@ class Study:
             "training_seconds": {name: sum(row["seconds"] for row in rows) for name, rows in histories.items()},
             "measuring_seconds": sum(self._measuring_seconds.values()),
         }
-
-
-def _memory() -> int:
-    """Bytes of memory that there are: this machine's, or what its container is given."""
-    limits = [psutil.virtual_memory().total]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # of another kind; "max"
-            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
-    return min(limits)
 
 
 def _versions() -> dict[str, str]:
