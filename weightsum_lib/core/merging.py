@@ -39,8 +39,7 @@ def average(networks: Sequence[nn.Module]) -> nn.Module:
 
 def task_arithmetic(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0) -> nn.Module:
     """start + scale · Σ (θᵢ − start), Ilharco et al. 2023; its batch-norm statistics are to be re-estimated."""
-    count = len(networks)
-    return WeightSum([start, *networks], [1 - scale * count] + [scale] * count).materialize().eval()
+    return WeightSum([start, *networks], [1 - scale * len(networks)] + [scale] * len(networks)).materialize().eval()
 
 
 def _vector(tensors: Iterable[Tensor]) -> Tensor:
@@ -159,8 +158,8 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
     readers = _readers(networks[0], channels)
     if unread := channels.sizes.keys() - {group for group, _ in readers.values()}:
         raise ValueError(f"no convolution or linear layer reads the channels of '{min(unread)}' to compare them")
-    sizes, read = {g: n * len(networks) + 1 for g, n in channels.sizes.items()}, {}
-    total = {group: torch.zeros(n, n, dtype=torch.float64, device=x.device) for group, n in sizes.items()}
+    n, read = len(networks), {}
+    total = {g: x.new_zeros(n * each + 1, n * each + 1, dtype=torch.float64) for g, each in channels.sizes.items()}
 
     def record(number, group, each):
         def hook(layer, inputs):  # (N, C, H, W) or (N, C · each)

@@ -79,9 +79,8 @@ def answer(rows: pd.DataFrame) -> str:
 
     def kept(tasks: str, method: str) -> str:
         found = rows[rows["task"].str.match(tasks) & (rows["method"] == method)].set_index("task")
-        shares = (100 * row["after"].mean / row["before"].mean for _, row in found.iterrows())
-        shown = zip(found.index.str.split(": ").str[-1], shares, strict=True)
-        return " and ".join(f"{share:.0f} % of {task}" for task, share in shown) or "–"
+        shares = {task: 100 * row["after"].mean / row["before"].mean for task, row in found.iterrows()}
+        return " and ".join(f"{share:.0f} % of {task.split(': ')[-1]}" for task, share in shares.items()) or "–"
 
     return (
         f"Added to a CIFAR-10 network, the sum keeps {kept('Task [12]', BASELINE)} if the two were trained apart, "

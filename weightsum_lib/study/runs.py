@@ -264,9 +264,8 @@ class Study:
 
     def at_once(self) -> int:
         """How many networks are trained at once."""
-        fit = min(_MOST_AT_ONCE, max(1, (pool.memory() - (2 << 30)) // _WORKER))
-        by_default = fit if self.device.type == "cpu" else 1
-        return min(joblib.cpu_count(), self.params.networks_at_once or by_default)
+        fit = max(1, (pool.memory() - (2 << 30)) // _WORKER) if self.device.type == "cpu" else 1
+        return min(joblib.cpu_count(), self.params.networks_at_once or min(_MOST_AT_ONCE, fit))
 
     def train_here(self, config: RunConfig, on_epoch: Callable[[dict], None] = lambda row: None) -> None:
         """Train a run whose parents are finished, in this process and one thread, and keep it in its folder."""
@@ -335,8 +334,7 @@ class Study:
 
         if missing:
             with self._workers(len(missing)) as (workers, _, shared):
-                made = (workers if shared else pool.Pool()).each(missing, job)
-                for number, (path, value) in enumerate(made, start=1):
+                for number, (path, value) in enumerate((workers if shared else pool.Pool()).each(missing, job), 1):
                     store.write_sealed(path, {"key": contents[missing[path]], **value})
                     if number % 20 == 0:  # it may take minutes
                         report_progress(f"measured {number} of {len(missing)}")
