@@ -127,8 +127,10 @@ one_layer = [
     for layer in room["layer"].unique()
 ]
 by_layer = tables.summarize(tables.wide(pd.concat(one_layer)), ["layer", "tested"])
-worst_layer = by_layer["interference"].map(lambda cell: cell.mean).groupby("layer").max().idxmax()
-plots.lost_by_layer(by_layer, f"The sum loses most to collisions in {worst_layer.rpartition('.')[2]}")
+worst_layer = by_layer["interference"].map(lambda cell: cell.mean).groupby("layer").mean().idxmax()
+plots.lost_by_layer(
+    by_layer, f"By the means of both tasks the sum loses most to collisions in {worst_layer.rpartition('.')[2]}"
+)
 
 # %% [markdown]
 # And draw by draw, at k = ⅛, test images: what a sum keeps against the share of the network's channels that the other one

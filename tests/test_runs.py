@@ -9,7 +9,9 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from dataclasses import asdict, field, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -328,6 +330,19 @@ def test_memory_is_that_of_the_machine_or_less_where_a_container_has_less(monkey
     monkeypatch.setattr(Path, "read_text", read_text)
     monkeypatch.setattr(pool.psutil, "virtual_memory", lambda: SimpleNamespace(total=5000))
     assert pool.memory() == found
+
+
+def test_a_worker_that_has_grown_is_replaced_without_a_word():
+    def grow(number):
+        sys.held = getattr(sys, "held", b"") + bytes(150_000_000)
+        time.sleep(0.6)
+        return number, os.getpid()
+
+    with warnings.catch_warnings(record=True) as said, pool.opened(2) as workers:
+        warnings.simplefilter("always", append=True)
+        found = [value for _, value in workers.each(range(16), lambda n: (str(n), partial(grow, n), 0))]
+    assert sorted(number for number, _ in found) == list(range(16)) and not said
+    assert len({worker for _, worker in found}) > 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

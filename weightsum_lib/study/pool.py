@@ -9,6 +9,7 @@ import queue
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ def opened(at_once: int, cluster: str = "", resources: dict | None = None) -> It
         except KilledWorker as error:
             raise RuntimeError(f"CLUSTER={cluster}: {error}; {again}") from error
     elif at_once > 1:
+        warnings.filterwarnings("ignore", "A worker stopped")  # one that has grown is replaced, and loses nothing
         executor = get_reusable_executor(at_once, initializer=_end_with_the_parent)
         try:
             yield Pool(lambda name, call, work: executor.submit(call), at_once)
