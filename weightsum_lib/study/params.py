@@ -266,7 +266,7 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
 
 def _against(p: Params) -> Iterator[str]:
     """Why these parameters can't be used."""
-    needed = (BASELINE, TRAINED, ALONE, DISJOINT, RANDOM)
+    needed = (BASELINE, TRAINED, *((ALONE, DISJOINT, RANDOM) if p.merged else ()))
     yield from (f"'rows' lacks '{each}', which the findings compare" for each in needed if each not in p.rows)
     slugs = {}
     for label in p.methods:
@@ -280,8 +280,8 @@ def _against(p: Params) -> Iterator[str]:
     training, beside = p.train_images - p.train_images // 10, {ALONE, DISJOINT} <= p.merged.keys()
     rules = {
         f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
-        "the page beside others wants something to halve ('halves')": not p.halves,
-        f"the page beside others wants '{ALONE}' and '{DISJOINT}' in 'merged'": not beside,
+        "the page beside others wants something to halve ('halves')": bool(p.merged) and not p.halves,
+        f"the page beside others wants '{ALONE}' and '{DISJOINT}' in 'merged'": bool(p.halves) and not beside,
         f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
         f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
         "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,
