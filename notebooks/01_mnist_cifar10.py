@@ -140,18 +140,6 @@ planes = {m: measure.plane(study, m, MAIN, SUPPORT) for m in (BASELINE, TRAINED)
 plots.plane(planes, (MAIN, SUPPORT), "The plain sum (star) between the two networks (circles), seed 0")
 
 # %% [markdown]
-# ## What the stand-in is worth
-#
-# Where a dataset can't be had, the study takes a synthetic stand-in for it. This is what a network that was trained alone on
-# the stand-in reads of the images that stand above, and of the stand-in's own; one seed. Batch-norm statistics: of the
-# stand-in's training images (`own`), or of those of the tested task (`per_task`).
-
-# %% tags=["hide-input"]
-worth = tables.summarize(tables.wide(measure.standin_worth(study, MAIN)), ["policy", "tested"])
-worth_table = tables.table(worth, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
-worth_table.style.hide(axis="index")
-
-# %% [markdown]
 # ## Finding
 
 # %% tags=["hide-input"]
@@ -163,14 +151,12 @@ tables.save(
         "finding": finding,
         "norm_ratio.min": min(ratios),
         "norm_ratio.max": max(ratios),
-        "standin": worth.loc[(measure.OWN, MAIN), "after"].mean,
     },
     {
         "before_after": main_table,
         "support": support_table,
         "policies": tables.table(policies, ["before", "after"]),
         "layers": layer_table,
-        "standin": worth_table,
     },
     tables.headline(on_main.loc[[BASELINE, TRAINED]], f"Task {TASK}: {main_title}", networks),
     tables.intervals_of(summary),

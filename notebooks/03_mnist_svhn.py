@@ -176,6 +176,19 @@ planes = {m: measure.plane(study, m, FIRST, SECOND, strangers=True) for m in (TR
 plots.plane(planes, (FIRST, SECOND), "The plain sum (star) of two networks that never met (circles), seed 0")
 
 # %% [markdown]
+# ## What the stand-ins are worth
+#
+# Where a dataset can't be had, the study takes a synthetic stand-in for it. This is what a small network (`keys alone`)
+# that was trained on the stand-in alone reads of the images that stand above, and of the stand-in's own; one seed.
+# Batch-norm statistics: of the stand-in's training images (`own`), or of those of the tested task (`per_task`).
+
+# %% tags=["hide-input"]
+of_standins = tables.wide(measure.frame(study, measure.standin_worth(study, (FIRST, SECOND))))
+worth = tables.summarize(of_standins, ["policy", "tested"])
+worth_table = tables.table(worth, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
+worth_table.style.hide(axis="index")
+
+# %% [markdown]
 # ## Finding
 
 # %% tags=["hide-input"]
@@ -185,12 +198,14 @@ tables.save(
     {
         "finding": finding,
         **{f"explained.{params.slug(m)}": value for m, value in at_fc2.items()},
+        **{f"standin.{name}": worth.loc[(measure.OWN, name), "after"].mean for name in (FIRST, SECOND)},
     },
     {
         **of_task,
         **{f"split_{name}": found for name, found in split.items()},
         "policies": policy_table,
         "merged": merged_table,
+        "standins": worth_table,
     },
     [
         row

@@ -52,6 +52,9 @@ SHARES = (1 / 2, 1 / 4, HEADLINE, 1 / 32, SPARSEST)
 p = params.from_notebook(globals())  # to explore the networks that `make all` trained: params.read("quick")
 study = Study(p)
 plots.use_style()
+joining, their_seeds = measure.joining(p), partial(measure.joined_seeds, p)
+of_all = [member for m in (RANDOM, DISJOINT) for member in measure.members(study, m, joining, 0)]
+study.train_all([member.config for member in of_all])  # side by side
 recipe, plainly = "the recipe", "networks trained plainly"
 equal_room = "the recipe, equal room in all layers"
 lines = {
@@ -65,7 +68,7 @@ wide = tables.wide(pd.concat([frame.assign(line=line) for line, frame in lines.i
 curves = tables.summarize(wide, ["line", "share", "tested"])
 kept = curves["kept"]
 three = [
-    measure.curve(study, [DISJOINT], [*BOTH, third]).assign(third=label) for label, third in measure.THIRDS.items()
+    measure.curve(study, [DISJOINT], [*BOTH, third]).assign(third=label) for label, third in measure.thirds(p).items()
 ]
 of_three = tables.summarize(tables.wide(pd.concat(three)), ["third", "tested"])
 finding = findings.of_recipe(kept[recipe], kept[plainly], (HEADLINE, SPARSEST), of_three["kept"]["met neither"])
@@ -182,7 +185,6 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table says how far it holds.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
-joining, their_seeds = measure.joining(p), partial(measure.joined_seeds, p)
 COUNTS = (2, 4, 8) if len(joining) == 8 else (2, 3)
 grown = [
     measure.curve(study, [m], joining[:n], SHARES[1:], draws=3, seeds=their_seeds).assign(networks=n)

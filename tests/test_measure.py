@@ -247,12 +247,12 @@ def test_disjoint_keys_make_room_for_every_network(study):
 
 
 def test_the_worth_of_a_standin_is_that_of_a_network_which_saw_no_other_image(study):
-    rows = measure.standin_worth(study, "svhn").set_index(["policy", "tested"])["accuracy"]
+    rows = measure.frame(study, measure.standin_worth(study, ["svhn"])).set_index(["policy", "tested"])["accuracy"]
     # here the dataset is its own stand-in
     assert rows["own", "svhn"] == rows["own", "svhn stand-in"] == rows["per_task", "svhn"]
     made = study.dataset("svhn stand-in")
     assert made.source == "stand-in" and made.name == "svhn stand-in"
-    assert study.run(study.config("independent", "svhn stand-in")).networks
+    assert study.run(study.config("keys alone", "svhn stand-in")).networks
 
 
 def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
@@ -327,7 +327,10 @@ def test_the_queue_holds_every_run_behind_the_tables_a_seed_of_all_rows_first(st
     queue = plan.queue(study)
     cases = [*measure.pairs(study, "mnist", "cifar10"), *measure.pairs(study, "svhn", "cifar10")]
     cases += measure.strangers(study, "mnist", "svhn")
-    summed = [("disjoint keys", [*measure.THIRDS.values()]), ("random keys", measure.joining(study.params))]
+    summed = [
+        ("disjoint keys", [*measure.thirds(study.params).values()]),
+        ("random keys", measure.joining(study.params)),
+    ]
     further = [member for method, networks in summed for member in measure.members(study, method, networks, 0)]
     assert {member.config for member in [*further, *(m for case in cases for m in case.what.members)]} <= set(queue)
     assert len(set(queue)) == len(queue)

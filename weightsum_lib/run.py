@@ -200,9 +200,10 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
     Raises:
         RunError: there is no such notebook, or one has edits that its .py lacks.
     """
-    names = [name for name in notebook_names() if name.startswith(begins)]
+    known = [name for name in notebook_names() if p.only_task in (0, int(name[:2]))]
+    names = [name for name in known if name.startswith(begins)]
     if not names:
-        raise RunError(f"no notebook begins with '{begins}'; there are {', '.join(notebook_names())}")
+        raise RunError(f"no notebook begins with '{begins}'; there are {', '.join(known)}")
     for older, younger in _differing(names):
         if younger.suffix == ".ipynb":
             what = f"{younger} has other cells than its .py, which is what runs"

@@ -23,14 +23,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weightsum_lib.core.keys import overlap, widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
-from weightsum_lib.study.params import BASELINE, RANDOM, TRAINED, Params
+from weightsum_lib.study.params import ALONE, BASELINE, RANDOM, TRAINED, Params
 from weightsum_lib.study.runs import Measurement, Study
 from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
 from weightsum_lib.study.train import logits_of, percent_right
 
 SHARE, NARROW = 1 / 8, 64  # of random keys in the report's sums of strangers: k, and the room of narrow layers
 NEITHER = ("cifar10", "mnist inverted", "main")  # a third network that met neither: its task, its partner's, its role
-THIRDS = {
+_THIRDS = {
     "MNIST's support": ("cifar10", "mnist", "support"),
     "SVHN's support": ("cifar10", "svhn", "support"),
     "met neither": NEITHER,
@@ -114,6 +114,11 @@ def headline_policy(p: Params, method: str) -> str:
 def _rows(study: Study) -> Iterator[tuple[str, int]]:
     """(method, seed) of every row that the profile asks for."""
     yield from ((m, s) for m in study.params.rows for s in study.params.seeds_of(m))
+
+
+def thirds(p: Params) -> dict[str, tuple[str, str, str]]:
+    """CIFAR-10 networks that join θ_m + θ_s, by what they have met; the last is of profiles with ``choice_seeds``."""
+    return dict([*_THIRDS.items()][: None if p.choice_seeds else 3])
 
 
 def joining(p: Params) -> list:
@@ -281,14 +286,15 @@ def ceilings(study: Study, first: str, second: str) -> Iterator[Case]:
         yield Case("3", "trained together, symmetric", seed, "ceiling", pair, "union", both)
 
 
-def standin_worth(study: Study, name: str) -> pd.DataFrame:
+def standin_worth(study: Study, names: Sequence[str]) -> Iterator[Case]:
     """What a network that was trained on a dataset's stand-in alone reads of the dataset's own test images; seed 0.
 
-    Policy: statistics of the stand-in's training images, then (``per_task``) of the dataset's.
+    A small one, of the row `keys alone`. Policy: statistics of the stand-in's training images, then (``per_task``) of
+    the dataset's.
     """
-    member, tested = Member(study.config(BASELINE, f"{name} stand-in")), (name, f"{name} stand-in")
-    policies = (OWN, "per_task")
-    return frame(study, [Case("2", BASELINE, 0, "sum", alone(member), policy, tested) for policy in policies])
+    for name, policy in product(names, (OWN, "per_task")):
+        of = Member(study.config(ALONE, f"{name} stand-in"))
+        yield Case("3", ALONE, 0, "sum", alone(of), policy, (name, f"{name} stand-in"))
 
 
 def _pair(study: Study, method: str, first: str, second: str, apart: bool) -> Sum:

@@ -132,6 +132,7 @@ class Params:
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
     draws: int = _knob("draws of random keys", _from(1, 1000))
     ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _from(0, 1000))
+    only_task: int = _knob("1 or 2: the page of that task alone; 0: the whole report", _from(0, 2))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
     merged: dict = _knob("label: recipe of each row whose networks the page beside others merges")
@@ -266,7 +267,7 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
 
 def _against(p: Params) -> Iterator[str]:
     """Why these parameters can't be used."""
-    needed = (BASELINE, TRAINED, *((ALONE, DISJOINT, RANDOM) if p.merged else ()))
+    needed = (BASELINE, TRAINED, *(() if p.only_task else (ALONE, DISJOINT, RANDOM)))
     yield from (f"'rows' lacks '{each}', which the findings compare" for each in needed if each not in p.rows)
     slugs = {}
     for label in p.methods:
@@ -277,11 +278,11 @@ def _against(p: Params) -> Iterator[str]:
     for knob, names in known.items():
         for name in (name for name in getattr(p, knob) if name not in names):
             yield f"'{knob}' names {reprlib.repr(name)}; {_nearest(name, names)}"
-    training, beside = p.train_images - p.train_images // 10, {ALONE, DISJOINT} <= p.merged.keys()
+    training = p.train_images - p.train_images // 10
     rules = {
         f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
-        "the page beside others wants something to halve ('halves')": bool(p.merged) and not p.halves,
-        f"the page beside others wants '{ALONE}' and '{DISJOINT}' in 'merged'": bool(p.halves) and not beside,
+        "the page beside others wants something to halve ('halves')": not (p.only_task or p.halves),
+        f"the page beside others wants '{ALONE}' in 'merged'": not p.only_task and ALONE not in p.merged,
         f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
         f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
         "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,

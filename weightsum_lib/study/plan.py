@@ -2,28 +2,30 @@
 
 from weightsum_lib.study import beside, measure
 from weightsum_lib.study.config import RunConfig
-from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM
+from weightsum_lib.study.params import ALONE, DISJOINT, RANDOM
 from weightsum_lib.study.runs import Study
 
 
 def queue(study: Study) -> list[RunConfig]:
     """The runs behind all pages: all of one seed, those of the next, and so on; seeds for choices come last."""
-    p, mains, pairs = study.params, ["mnist", "svhn"], (("mnist", "cifar10"), ("svhn", "cifar10"))
+    p, mains = study.params, ["mnist", "svhn"]
+    pairs = [(main, "cifar10") for task, main in enumerate(mains, start=1) if p.only_task in (0, task)]
     both = [network for a, b in pairs for network in ((a, b, "main"), (b, a, "support"))]
     wanted = [(m, s, both) for m in p.rows for s in p.seeds_of(m)]
-    wanted += [(DISJOINT, s, list(measure.THIRDS.values())) for s in p.seeds_of(DISJOINT)]
-    wanted += [(m, s, measure.joining(p)) for m in (RANDOM, DISJOINT) for s in measure.joined_seeds(p, m)]
-    wanted += [(BASELINE, 0, ["mnist stand-in", "svhn stand-in"])]
-    wanted += [(m, s, mains) for m in (RANDOM, ALONE, *p.parts_with("random")) for s in p.choice_seeds_of(m)]
-    loud = (DISJOINT, *p.parts_with("disjoint"))
-    wanted += [(m, s, [*mains, measure.NEITHER]) for m in loud for s in p.choice_seeds_of(m)]
-    found = []
+    found, cases = [], []
+    if not p.only_task:
+        wanted += [(DISJOINT, s, [*measure.thirds(p).values()]) for s in p.seeds_of(DISJOINT)]
+        wanted += [(m, s, measure.joining(p)) for m in (RANDOM, DISJOINT) for s in measure.joined_seeds(p, m)]
+        wanted += [(ALONE, 0, ["mnist stand-in", "svhn stand-in"])]
+        wanted += [(m, s, mains) for m in (RANDOM, ALONE, *p.parts_with("random")) for s in p.choice_seeds_of(m)]
+        loud = (DISJOINT, *p.parts_with("disjoint"))
+        wanted += [(m, s, [*mains, measure.NEITHER]) for m in loud for s in p.choice_seeds_of(m)]
+        cases += [*measure.ceilings(study, *mains), *(c for each in beside.all_cases(study) for c in each)]
     for method, seed, networks in wanted:
         if p.method(method).protocol == "sequential":
             starts = [study.config(method, *pair, seed, start) for pair in pairs for start in measure.STARTS]
         else:
             starts = [member.config for member in measure.members(study, method, networks, seed)]
         found += [(seed, config) for config in starts]
-    cases = [*measure.ceilings(study, "mnist", "svhn"), *(c for each in beside.all_cases(study) for c in each)]
     found += [(case.seed, member.config) for case in cases for member in case.what.members]
     return list(dict.fromkeys(config for _, config in sorted(found, key=lambda each: each[0])))
