@@ -235,7 +235,7 @@ def test_networks_trained_at_once_are_those_trained_one_by_one(tmp_path, lines, 
         configs = [
             study.config("sequential", "mnist", "cifar10", start="sum"),
             study.config("sequential", "mnist", "cifar10", start="main"),
-            study.config("random keys", "mnist", "cifar10"),
+            replace(study.config("random keys", "mnist", "cifar10"), epochs=6),
         ]
         torch.set_num_threads(threads)
         try:
@@ -245,13 +245,14 @@ def test_networks_trained_at_once_are_those_trained_one_by_one(tmp_path, lines, 
             torch.set_num_threads(1)
         made.append([study.run(config).networks for config in configs])
     said = lines()
-    assert len(said) == 2 * (2 * 2 + 2 + 2 * 1)  # two parents and a pair of two epochs, two fine-tunings of one
-    at = {what: [i for i, line in enumerate(said[:8]) if f" {what}" in line] for what in ("mnist ind", "cifar10 ind")}
-    at |= {what: [i for i, line in enumerate(said[:8]) if what in line] for what in ("from sum", "from main", "random")}
-    assert max(at["mnist ind"] + at["cifar10 ind"]) < at["from sum"][0] and max(at["mnist ind"]) < at["from main"][0]
-    assert at["from main"][0] < max(at["random"])  # it doesn't wait for what is no parent of it
-    assert {line.split(" ")[1] for line in said[:8]} == {f"{i}/5" for i in range(1, 6)}
-    assert said[7].endswith("0.0 min left")
+    assert len(said) == 2 * (2 * 2 + 6 + 2 * 1)  # two parents of two epochs and a pair of six, two fine-tunings of one
+    at = {what: [i for i, line in enumerate(said[:12]) if f" {what}" in line] for what in ("mnist ind", "cifar10 ind")}
+    at |= {what: [i for i, line in enumerate(said[:12]) if what in line] for what in ("from sum", "from ma", "random")}
+    assert all(said[i].startswith("run 1/5 ") for i in at["random"])  # the longest is the first
+    assert max(at["mnist ind"] + at["cifar10 ind"]) < at["from sum"][0] and max(at["mnist ind"]) < at["from ma"][0]
+    assert at["from ma"][0] < max(at["random"])  # it doesn't wait for what is no parent of it
+    assert {line.split(" ")[1] for line in said[:12]} == {f"{i}/5" for i in range(1, 6)}
+    assert said[11].endswith("0.0 min left")
     for a, b in zip(*made, strict=True):
         for role in a:
             for p, q in zip(a[role].state_dict().values(), b[role].state_dict().values(), strict=True):

@@ -152,7 +152,7 @@ class Study:
             start: for ``sequential``, what is fine-tuned: "sum", "main" or "random".
         """
         p, m = self.params, self.params.method(method)
-        shared = ("arch", "in_channels", "width", "dropout", "epochs", "batch_size", "learning_rate", "weight_decay")
+        shared = ("arch", "in_channels", "width", "dropout", "batch_size", "learning_rate", "weight_decay")
         config = RunConfig(m.trained(), main, seed=seed, precision=self.precision, **{k: getattr(p, k) for k in shared})
         # one network on two tasks sees as many images of each as two networks do
         config = replace(config, epochs=p.epochs * m.longer, epoch_images=p.epoch_images * (1 + main.count("+")))
@@ -217,6 +217,7 @@ class Study:
     def _train(self, missing: Sequence[RunConfig]) -> None:
         done = self.results / "training.done"
         done.unlink(missing_ok=True)
+        missing = sorted(missing, key=lambda config: (config.seed, -work(config)))  # of a seed the longest first
         numbers = {config: number for number, config in enumerate(missing, start=1)}
         with self._workers(len(missing)) as (workers, mark, shared):
             say = workers.hear(functools.partial(pool.say_epoch, sum(map(work, missing)), str(done), time.time()))
