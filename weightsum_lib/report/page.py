@@ -65,15 +65,14 @@ def write_headline(folder: Path, target: Path) -> None:
     run_notice = (
         f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
         f"each set, {p['epochs']} epochs of {p['epoch_images']:,} images, seeds of a row: up to "
-        f"{p['seeds']}, on {last['device']} in {last['precision']}."
+        f"{p['seeds']}, on {last['device']} in {last['precision']}, with "
+        f"{', '.join(f'{name} {version}' for name, version in last['versions'].items())}, commit {last['commit']}."
     )
     tables = {
         "answer": _answer(kinds),
         "claims": _claims(found),
         "headline": table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"]),
         "data": _data(data),
-        "provenance": _provenance(last),
-        "times": _times(found),
         "profiles": _profiles(folder),
     }
     content = {"notebook": "headline", "profile": p["profile"], "provenance": last}
@@ -115,29 +114,6 @@ def _data(data: Mapping[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["Dataset", "Source", "Training", "Validation", "Test", "SHA-256 of the file"])
 
 
-def _provenance(of: Mapping) -> pd.DataFrame:
-    """Software, device and parameters."""
-    kinds = ("rows", "parts", "merged")
-    what = {"device": of["device"], "precision of the forward pass": of["precision"], **of["versions"]}
-    what |= {"commit of the code": of["commit"]}
-    what |= {k: v for k, v in of["params"].items() if k not in (*kinds, "data_dir", "results_dir")}
-    what |= {f"method: {label}": m for kind in kinds for label, m in of["params"].get(kind, {}).items()}
-    return pd.DataFrame(what.items(), columns=["What", "Value"])
-
-
-_TIMES = ["Networks", "Training (minutes)", "Evaluation (minutes)"]
-
-
-def _times(found: Mapping[str, dict]) -> pd.DataFrame:
-    """What each notebook took, and all together: a network that several of them use is trained once."""
-    of = {name: content["provenance"] for name, content in found.items()}
-    runs = {run: seconds for each in of.values() for run, seconds in each["training_seconds"].items()}
-    of["all"] = {"training_seconds": runs, "measuring_seconds": sum(p["measuring_seconds"] for p in of.values())}
-    seconds = {name: (p["training_seconds"].values(), p["measuring_seconds"]) for name, p in of.items()}
-    rows = [(name, len(runs), round(sum(runs) / 60, 1), round(rest / 60, 1)) for name, (runs, rest) in seconds.items()]
-    return pd.DataFrame(rows, columns=["Notebook", *_TIMES])
-
-
 def _profiles(folder: Path) -> pd.DataFrame:
     """What each profile took that was run beside this one; a published run keeps its own table."""
     if kept := store.read_json(folder / "headline.json"):
@@ -145,9 +121,12 @@ def _profiles(folder: Path) -> pd.DataFrame:
     rows = []
     for found in map(_results, sorted(folder.parent.iterdir())):
         if len(found) == len(_NOTEBOOKS):
-            last = found[_NOTEBOOKS[-1]]["provenance"]
-            rows.append([last["params"]["profile"], last["device"], *_times(found).astype(str).iloc[-1, 1:]])
-    return pd.DataFrame(rows, columns=["Profile", "Device", *_TIMES])
+            each = [content["provenance"] for content in found.values()]
+            runs = {run: seconds for of in each for run, seconds in of["training_seconds"].items()}  # each once
+            minutes = [f"{sum(of) / 60:.1f}" for of in (runs.values(), (of["measuring_seconds"] for of in each))]
+            rows.append([each[-1]["params"]["profile"], each[-1]["device"], str(len(runs)), *minutes])
+    columns = ["Profile", "Device", "Networks", "Training (minutes)", "Evaluation (minutes)"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def publish(files: Sequence[Path], folder: Path, target: Path, readme: Path) -> None:
