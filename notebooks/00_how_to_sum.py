@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from weightsum_lib import WeightSum, normalize, recalibrate, synthesize, three_term_loss, vgg8, vgg16
 
 torch.manual_seed(0)
-theta_m, theta_c = vgg8(width=1 / 16), vgg8(width=1 / 16)  # small, so that this page is fast
-images, labels = (torch.from_numpy(a[:64]) for a in synthesize("svhn", 64, "train"))
+theta_m, theta_c = vgg8(width=1 / 16), vgg8(width=1 / 16)  # small: fast
+images, labels = map(torch.from_numpy, synthesize("svhn", 64, "train"))
 x = normalize(images)
 x.shape, labels.shape
 
@@ -50,33 +50,39 @@ x.shape, labels.shape
 
 # %%
 combo = vgg8(width=1 / 16)
-combo.load_state_dict({k: v + theta_c.state_dict()[k] for k, v in theta_m.state_dict().items()})
+of_c = theta_c.state_dict()
+added = {name: w + of_c[name] for name, w in theta_m.state_dict().items()}
+combo.load_state_dict(added)
 F.cross_entropy(combo(x), labels).backward()
-print("gradient of combo:", combo.features.conv1_1.weight.grad.norm().item())
-print("gradient of θ_m: ", theta_m.features.conv1_1.weight.grad)
+gradient = combo.features.conv1_1.weight.grad
+print(f"gradient of combo: {gradient.norm():.3f}")
+print(f"gradient of θ_m:   {theta_m.features.conv1_1.weight.grad}")
 
 # %% [markdown]
 # ## Summing so that gradients flow
 #
-# `WeightSum` adds the parents' parameters inside its forward pass (with `torch.func.functional_call`), so the sum is part
-# of the graph. As ∂(θ_m + θ_c)/∂θ_m is the identity, both parents get the *same* gradient from the loss of the sum: that of
-# the combined network.
+# `WeightSum` adds the parents' parameters inside its forward pass (with `torch.func.functional_call`), so the sum is
+# part of the graph. As ∂(θ_m + θ_c)/∂θ_m is the identity, both parents get the *same* gradient from the loss of the
+# sum: that of the combined network.
 
 # %%
 total = WeightSum([theta_m, theta_c])
 F.cross_entropy(total(x), labels).backward()
 for name, p in theta_m.named_parameters():
     assert torch.equal(p.grad, theta_c.get_parameter(name).grad)
-print("gradient of θ_m:", theta_m.features.conv1_1.weight.grad.norm().item(), "and the same for θ_c")
+gradient = theta_m.features.conv1_1.weight.grad
+print(f"gradient of θ_m: {gradient.norm():.3f}, and the same for θ_c")
 
 # %% [markdown]
 # With the two other terms, that is the whole training step of this study ([`three_term_loss`](../api.md)):
 
 # %%
-optimizer = torch.optim.SGD([*theta_m.parameters(), *theta_c.parameters()], lr=0.01)
+weights = [*theta_m.parameters(), *theta_c.parameters()]
+optimizer = torch.optim.SGD(weights, lr=0.01)
 optimizer.zero_grad()
 x_m, y_m, x_c, y_c = x[:32], labels[:32], x[32:], labels[32:]
-loss = three_term_loss(theta_m(x_m), y_m, theta_c(x_c), y_c, total(x_m), third="ce")
+z_m, z_c, z_sum = theta_m(x_m), theta_c(x_c), total(x_m)
+loss = three_term_loss(z_m, y_m, z_c, y_c, z_sum, third="ce")
 loss.total.backward()
 optimizer.step()
 {name: round(value.item(), 3) for name, value in loss._asdict().items()}
@@ -92,11 +98,11 @@ optimizer.step()
 for network in (theta_m, theta_c):
     recalibrate(network, x)
 plain = total.materialize().eval()  # the sum as a plain network
-layer = plain.features.bn2_1
 recalibrate(plain, x)
-summed = theta_m.features.bn2_1.running_var + theta_c.features.bn2_1.running_var
-print(f"variance that the sum has, channel 0 of bn2_1: {layer.running_var[0]:.2f}")
-print(f"variance by adding the two networks' buffers:  {summed[0]:.2f}")
+networks = (theta_m, theta_c, plain)
+of_m, of_c, of_sum = (n.features.bn2_1.running_var[0] for n in networks)
+print(f"variance that the sum has, channel 0 of bn2_1: {of_sum:.2f}")
+print(f"variance by adding the two networks' buffers:  {of_m + of_c:.2f}")
 
 # %% [markdown]
 # Batch norm also hides the *scale* of the layer before it. If ‖W_m‖ is much larger than ‖W_c‖, then W_m + W_c is nearly
@@ -111,22 +117,24 @@ from torch import nn
 
 
 class Combo(nn.Module):
-    """The posted idea in outline: its faults are what this section is about."""
+    """The posted idea in outline, with its faults."""
 
-    def __init__(self, model1, model2):  # 1: the two networks are taken and never used
+    def __init__(self, model1, model2):  # 1: they are never used
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+        convolution = nn.Conv2d(3, 8, 3, padding=1)
+        self.body = nn.Sequential(convolution, nn.ReLU(), nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(8, 10)
 
     def forward(self, x, z):
-        x, z = self.body(x), self.body(z)  # 2: both inputs go through one set of weights; nothing is summed
+        x, z = self.body(x), self.body(z)  # 2: one set of weights
         both = x + z
-        return self.classifier(both.view(m.size(0), -1))  # noqa: F821  3: there is no m
+        return self.classifier(both.view(m.size(0), -1))  # 3: there is no m
 
 
 posted = Combo(theta_m, theta_c)
-ids = {id(p) for network in (theta_m, theta_c) for p in network.parameters()}
-print("parameters of θ_m or θ_c in it:", sum(id(p) in ids for p in posted.parameters()))
+ids = {id(weight) for weight in weights}
+taken = sum(id(p) in ids for p in posted.parameters())
+print("parameters of θ_m or θ_c in it:", taken)
 try:
     posted(x_m, x_c)
 except NameError as error:
@@ -141,17 +149,18 @@ except NameError as error:
 # The network that was meant is one line, for any two networks of one architecture:
 
 # %%
-modelcombo = WeightSum([vgg16(in_channels=1, width=1 / 16), vgg16(in_channels=1, width=1 / 16)])
-print(
-    tuple(modelcombo(x_m).shape), f"{sum(p.numel() for p in vgg16(in_channels=1).parameters()):,} parameters at width 1"
-)
+pair = [vgg16(in_channels=1, width=1 / 16) for _ in range(2)]
+modelcombo = WeightSum(pair)
+at_width_1 = sum(p.numel() for p in vgg16(in_channels=1).parameters())
+print(tuple(modelcombo(x_m).shape), f"{at_width_1:,} parameters at width 1")
 
 # %% [markdown]
 # ## Multi-input network or weight sharing?
 #
 # Neither. A *multi-input* network takes several inputs in one forward pass; here each forward pass has one input.
-# *Weight sharing* uses one tensor in several places; θ_m and θ_c share nothing. It is three networks, two of them free
-# and the third's weights a fixed function of theirs, trained as multi-task learning with a constraint tying the weights.
+# *Weight sharing* uses one tensor in several places; θ_m and θ_c share nothing. It is three networks, two of them
+# free and the third's weights a fixed function of theirs, trained as multi-task learning with a constraint tying the
+# weights.
 #
 # ## The readings of the third term
 #
@@ -186,52 +195,56 @@ pd.DataFrame(rows, columns=columns).style.hide(axis="index").set_properties(**{"
 
 # %%
 difference = WeightSum([total.materialize(), theta_m], [1, -1]).weights()
-max((difference[k] - v).abs().max().item() for k, v in theta_c.named_parameters())  # rounding
+of_c = dict(theta_c.named_parameters())
+max((w - of_c[name]).abs().max().item() for name, w in difference.items())
 
 # %% [markdown]
 # ## Is it meta-learning?
 #
-# It is a relative of it. MAML (Finn et al. 2017) looks for weights θ that work *after* a change of weights, θ − η∇L. Here
-# θ_m has to work after the change θ_m + θ_c. But the change is no step of learning, and θ_c is trained in the same loop
-# instead of coming from a distribution of tasks: there is one outer problem and no inner one. It comes nearer to
-# meta-learning when the partner changes all the time, so that θ_m must survive a sum with *any* network; task 3
-# tests exactly that, with a partner that θ_m has never met.
+# It is a relative of it. MAML (Finn et al. 2017) looks for weights θ that work *after* a change of weights, θ − η∇L.
+# Here θ_m has to work after the change θ_m + θ_c. But the change is no step of learning, and θ_c is trained in the
+# same loop instead of coming from a distribution of tasks: there is one outer problem and no inner one. It comes
+# nearer to meta-learning when the partner changes all the time, so that θ_m must survive a sum with *any* network;
+# task 3 tests exactly that, with a partner that θ_m has never met.
 #
 # ## Similar work
 #
 # **Adding and averaging weights.** Averages along one run: SWA, Izmailov et al. 2018
-# ([arXiv:1803.05407](https://arxiv.org/abs/1803.05407)). Averages of fine-tuned models: *Model soups*, Wortsman et al. 2022
-# ([2203.05482](https://arxiv.org/abs/2203.05482)). Sums of weight *differences* from one pretrained start: *Editing models
-# with task arithmetic*, Ilharco et al. 2023 ([2212.04089](https://arxiv.org/abs/2212.04089)), and why it works near a linear
-# regime, Ortiz-Jiménez et al. 2023 ([2305.12827](https://arxiv.org/abs/2305.12827)). Weighted merges: Fisher merging,
-# Matena & Raffel 2022 ([2111.09832](https://arxiv.org/abs/2111.09832)); RegMean, Jin et al. 2023
-# ([2212.09849](https://arxiv.org/abs/2212.09849)); TIES, Yadav et al. 2023 ([2306.01708](https://arxiv.org/abs/2306.01708)).
+# ([arXiv:1803.05407](https://arxiv.org/abs/1803.05407)). Averages of fine-tuned models: *Model soups*, Wortsman et
+# al. 2022 ([2203.05482](https://arxiv.org/abs/2203.05482)). Sums of weight *differences* from one pretrained start:
+# *Editing models with task arithmetic*, Ilharco et al. 2023 ([2212.04089](https://arxiv.org/abs/2212.04089)), and why
+# it works near a linear regime, Ortiz-Jiménez et al. 2023 ([2305.12827](https://arxiv.org/abs/2305.12827)). Weighted
+# merges: Fisher merging, Matena & Raffel 2022 ([2111.09832](https://arxiv.org/abs/2111.09832)); RegMean, Jin et al.
+# 2023 ([2212.09849](https://arxiv.org/abs/2212.09849)); TIES, Yadav et al. 2023
+# ([2306.01708](https://arxiv.org/abs/2306.01708)).
 #
 # **Networks from different starts.** When are two minima connected: Frankle et al. 2020
-# ([1912.05671](https://arxiv.org/abs/1912.05671)), Entezari et al. 2022 ([2110.06296](https://arxiv.org/abs/2110.06296)).
-# Permuting channels first: by what they compute, Li et al. 2016 ([1511.07543](https://arxiv.org/abs/1511.07543)); by their
-# weights, *Git Re-Basin*, Ainsworth et al. 2023 ([2209.04836](https://arxiv.org/abs/2209.04836)). Merging channels within
-# networks of different tasks too: *ZipIt!*, Stoica et al. 2024 ([2305.03053](https://arxiv.org/abs/2305.03053)). Repairing
-# the statistics afterwards: REPAIR, Jordan et al. 2022 ([2211.08403](https://arxiv.org/abs/2211.08403)).
+# ([1912.05671](https://arxiv.org/abs/1912.05671)), Entezari et al. 2022
+# ([2110.06296](https://arxiv.org/abs/2110.06296)). Permuting channels first: by what they compute, Li et al. 2016
+# ([1511.07543](https://arxiv.org/abs/1511.07543)); by their weights, *Git Re-Basin*, Ainsworth et al. 2023
+# ([2209.04836](https://arxiv.org/abs/2209.04836)). Merging channels within networks of different tasks too: *ZipIt!*,
+# Stoica et al. 2024 ([2305.03053](https://arxiv.org/abs/2305.03053)). Repairing the statistics afterwards: REPAIR,
+# Jordan et al. 2022 ([2211.08403](https://arxiv.org/abs/2211.08403)).
 #
 # **The nearest relative**: *Composable sparse subnetworks via a maximum-entropy principle*, Caso et al., ICLR 2026
-# ([OpenReview](https://openreview.net/forum?id=IHwx5ioIP2)): networks for some of the classes of one dataset, uniform on the
-# others' images and pruned, whose weights are added. New here: the networks need no pruning and no common start, come from
-# different datasets, and meet for the first time in the sum, under keys that each draws for itself. And what is lost is
-# told apart: loud answers, shared channels, batch-norm statistics. Both are measured on the same networks
-# [beside others](05_beside_others).
+# ([OpenReview](https://openreview.net/forum?id=IHwx5ioIP2)): networks for some of the classes of one dataset, uniform
+# on the others' images and pruned, whose weights are added. New here: the networks need no pruning and no common
+# start, come from different datasets, and meet for the first time in the sum, under keys that each draws for itself.
+# And what is lost is told apart: loud answers, shared channels, batch-norm statistics. Both are measured on the same
+# networks [beside others](05_beside_others).
 #
 # **Several skills in one set of weights.** *Superposition of many models into one*, Cheung et al. 2019
-# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, from which a key retrieves one; of differences
-# from one start, RanDeS, Zhou et al. 2025 ([2505.11204](https://arxiv.org/abs/2505.11204)). PackNet, Mallya & Lazebnik 2018
-# ([1711.05769](https://arxiv.org/abs/1711.05769)); *Supermasks in superposition*, Wortsman et al. 2020
-# ([2006.14769](https://arxiv.org/abs/2006.14769)).
+# ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, from which a key retrieves one; of
+# differences from one start, RanDeS, Zhou et al. 2025 ([2505.11204](https://arxiv.org/abs/2505.11204)). PackNet,
+# Mallya & Lazebnik 2018 ([1711.05769](https://arxiv.org/abs/1711.05769)); *Supermasks in superposition*, Wortsman et
+# al. 2020 ([2006.14769](https://arxiv.org/abs/2006.14769)).
 #
 # **Surviving a change of weights.** Flat minima by training against perturbed weights: SAM, Foret et al. 2021
-# ([2010.01412](https://arxiv.org/abs/2010.01412)). MAML, Finn et al. 2017 ([1703.03400](https://arxiv.org/abs/1703.03400)).
+# ([2010.01412](https://arxiv.org/abs/2010.01412)). MAML, Finn et al. 2017
+# ([1703.03400](https://arxiv.org/abs/1703.03400)).
 #
-# **The parts used here.** VGG, Simonyan & Zisserman 2015 ([1409.1556](https://arxiv.org/abs/1409.1556)); batch norm, Ioffe &
-# Szegedy 2015 ([1502.03167](https://arxiv.org/abs/1502.03167)); initialization, He et al. 2015
+# **The parts used here.** VGG, Simonyan & Zisserman 2015 ([1409.1556](https://arxiv.org/abs/1409.1556)); batch norm,
+# Ioffe & Szegedy 2015 ([1502.03167](https://arxiv.org/abs/1502.03167)); initialization, He et al. 2015
 # ([1502.01852](https://arxiv.org/abs/1502.01852)); distillation, Hinton et al. 2015
 # ([1503.02531](https://arxiv.org/abs/1503.02531)).
 #

@@ -89,8 +89,8 @@ tables.shown(support_table, marked=[BASELINE, TRAINED])
 # ## Every batch-norm policy
 #
 # The same sums with other statistics: `union` uses training images of both tasks, `summed` adds the two networks'
-# statistics as a sum of state dicts does, `batch` uses the test batch's own, and `by_owner`, under keys only, gives each
-# channel those of training images of the task whose network has it.
+# statistics as a sum of state dicts does, `batch` uses the test batch's own, and `by_owner`, under keys only, gives
+# each channel those of training images of the task whose network has it.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Table of colours: test accuracy of the sum on the main task in percent for every method, in rows, and every batch-norm policy, in columns."}}
 policies = tables.summarize(every_policy, ["method", "policy", "tested"]).loc[list(pairs.index)]
@@ -111,10 +111,11 @@ plots.curves(histories, main_title, support_title, f"Under “{TRAINED}” {ends
 #
 # ## Is it only the norm?
 #
-# Batch norm hides the scale of a layer's weights, so θ_main could survive the sum by simply being larger: the norm ratio
-# tells. The cosine tells whether the two networks have become copies (1) or are unrelated (0). Equal norms don't mean
-# that both count equally in the sum, so the last panel shows how much of what happens there, on the main task's images,
-# θ_main alone explains (the squared correlation of each channel with the same one of θ_main, weighted by variance).
+# Batch norm hides the scale of a layer's weights, so θ_main could survive the sum by simply being larger: the norm
+# ratio tells. The cosine tells whether the two networks have become copies (1) or are unrelated (0). Equal norms
+# don't mean that both count equally in the sum, so the last panel shows how much of what happens there, on the main
+# task's images, θ_main alone explains (the squared correlation of each channel with the same one of θ_main, weighted
+# by variance).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Top: ratio of the weight norms of the two networks for each layer, on a logarithmic axis. Middle: cosine between their weights. Bottom: variance inside the sum that the main network explains. One line for each method."}}
 layers = measure.layers(study, MAIN, SUPPORT)

@@ -15,13 +15,13 @@
 # streams of random numbers that share nothing. Their weights are added, with no training afterwards. Does surviving
 # *one* partner teach a network to survive *any* partner?
 #
-# Two rows are made for this. Under **disjoint keys** each task may use its own quarter of the channels of every layer,
-# by agreement: by construction that is two small networks side by side whose logits are added, so the row measures
-# how quiet each is on the other's images. Under **random keys** each network draws an eighth of the sum's channels by
-# itself, knowing nothing of the other, so that some of its channels are the partner's too; a layer of fewer than 64
-# channels gets the room of one that has 64. What is agreed is the size of the sum, and the kind of images to be quiet on.
-# `keys alone` are small networks that were trained plainly, under the same keys. What each part of the training adds,
-# and denser and sparser keys, are on the [next page](04_what_transfers).
+# Two rows are made for this. Under **disjoint keys** each task may use its own quarter of the channels of every
+# layer, by agreement: by construction that is two small networks side by side whose logits are added, so the row
+# measures how quiet each is on the other's images. Under **random keys** each network draws an eighth of the sum's
+# channels by itself, knowing nothing of the other, so that some of its channels are the partner's too; a layer of
+# fewer than 64 channels gets the room of one that has 64. What is agreed is the size of the sum, and the kind of
+# images to be quiet on. `keys alone` are small networks that were trained plainly, under the same keys. What each
+# part of the training adds, and denser and sparser keys, are on the [next page](04_what_transfers).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -58,12 +58,13 @@ plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks
 # %% [markdown]
 # ## Each network alone, and the sum
 #
-# The batch-norm statistics of each network alone are those of its own task (unlabelled training images), whatever it is
-# tested on. Those of a sum come from training images too, and nobody tells the network which task a test image is from:
-# of dense networks from images of *both* tasks (policy `union`); under random keys for each channel from images of the
-# task whose network has it, of both where they share it (`by_owner`). Disjoint keys need no images: the state dicts are
-# added as they are (`summed`). Under random keys each row is the mean of several draws of the keys. The green diamond is the
-# control without which no number here means anything: the *other* task's network on these images, alone.
+# The batch-norm statistics of each network alone are those of its own task (unlabelled training images), whatever it
+# is tested on. Those of a sum come from training images too, and nobody tells the network which task a test image is
+# from: of dense networks from images of *both* tasks (policy `union`); under random keys for each channel from images
+# of the task whose network has it, of both where they share it (`by_owner`). Disjoint keys need no images: the state
+# dicts are added as they are (`summed`). Under random keys each row is the mean of several draws of the keys. The
+# green diamond is the control without which no number here means anything: the *other* task's network on these
+# images, alone.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every method, test accuracy of the task's own network, of the sum, and of the other task's network as a control; the dotted line is chance. The tables below hold the same numbers."}}
 margins = {FIRST: 1.0, SECOND: 1.0}  # points that a network may be worse than alone, and still count
@@ -121,9 +122,9 @@ tables.shown(split[FIRST], f"On {tables.title(FIRST)}", MARKED)
 tables.shown(split[SECOND], f"On {tables.title(SECOND)}", MARKED)
 
 # %% [markdown]
-# The *ensemble of logits* runs both networks, each under its own statistics, and adds their logits: it is what a sum would do
-# whose weights don't interfere and whose statistics are those of its networks. *Confidence* is the mean largest probability that the network of the other
-# task gives; 10 % would be perfectly quiet.
+# The *ensemble of logits* runs both networks, each under its own statistics, and adds their logits: it is what a sum
+# would do whose weights don't interfere and whose statistics are those of its networks. *Confidence* is the mean
+# largest probability that the network of the other task gives; 10 % would be perfectly quiet.
 #
 # ## Every batch-norm policy
 #
@@ -135,8 +136,8 @@ tables.shown(split[SECOND], f"On {tables.title(SECOND)}", MARKED)
 # | `per_task` | training images of the tested task: presumes to know which task an image is from |
 # | `batch` | the test batch's own: presumes many test images of one task at once |
 #
-# The headline is `summed` for disjoint keys, `by_owner` for random ones, and `union` for dense networks. One draw of the
-# keys, but several under the headline's policy.
+# The headline is `summed` for disjoint keys, `by_owner` for random ones, and `union` for dense networks. One draw of
+# the keys, but several under the headline's policy.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two tables of colours, MNIST and SVHN: test accuracy of the sum in percent for every method, in rows, and every batch-norm policy, in columns."}}
 policies = tables.summarize(every_policy, ["method", "policy", "tested"])
@@ -154,10 +155,11 @@ tables.shown(policy_table)
 # %% [markdown]
 # ## As others merge, and what is the ceiling
 #
-# The same two networks, trained apart (`independent`, or from a shared start where the row says so), merged by the methods
-# of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks their
-# `own`; of *random signs*, which are told which task a test image is from, `per_task`. Where a way has coefficients,
-# validation images choose. The last rows did meet: networks that were trained on both tasks.
+# The same two networks, trained apart (`independent`, or from a shared start where the row says so), merged by the
+# methods of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks
+# their `own`; of *random signs*, which are told which task a test image is from, `per_task`. Where a way has
+# coefficients, validation images choose. The last rows did meet: networks that were trained on both tasks. A profile
+# with `ceiling_seeds: 0`, as `quick`, has neither these nor ways with coefficients.
 
 # %% tags=["hide-input"]
 merged = [beside.mergers(study, FIRST, SECOND), measure.frame(study, measure.ceilings(study, FIRST, SECOND))]

@@ -81,9 +81,10 @@ Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data
 # property of the sum, so one pair gives the whole curve. Means over draws of the keys, then over seeds. *Kept* is the
 # accuracy of the sum over that of the network alone.
 #
-# At the sparse end two keys hardly meet: two networks of 8 channels in 8,192 share one in one draw of 128. There the sum
-# of the weights *is* the ensemble of the logits, with the recipe or without, and all that is lost is lost to loud answers
-# on the other's images. At the dense end a network has to live with the other in its channels: there the recipe shows.
+# At the sparse end two keys hardly meet: two networks of 8 channels in 8,192 share one in one draw of 128. There the
+# sum of the weights *is* the ensemble of the logits, with the recipe or without, and all that is lost is lost to loud
+# answers on the other's images. At the dense end a network has to live with the other in its channels: there the
+# recipe shows.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum of two networks keeps, in percent, against the share k of the sum's channels that each network uses, one line for the recipe, for the recipe with equal room in all layers, with other batch-norm statistics, and for networks that were trained plainly. The table below holds the numbers."}}
 at_headline = " and ".join(f"{kept[recipe, HEADLINE, n].mean:.1f} % of {tables.title(n)}" for n in BOTH)
@@ -97,9 +98,9 @@ curve_tables[FIRST].style.hide(axis="index").set_caption(f"Kept of {tables.title
 curve_tables[SECOND].style.hide(axis="index").set_caption(f"Kept of {tables.title(SECOND)} (%)")
 
 # %% [markdown]
-# The recipe alone: the accuracy that is left (its interval is over seeds; beside it the standard error of the test images
-# for one pair), what is kept of the ensemble of the logits (the rest is lost to loud answers), the worst draw of all
-# draws of all pairs, and how much the draws of one pair differ (standard deviation).
+# The recipe alone: the accuracy that is left (its interval is over seeds; beside it the standard error of the test
+# images for one pair), what is kept of the ensemble of the logits (the rest is lost to loud answers), the worst draw
+# of all draws of all pairs, and how much the draws of one pair differ (standard deviation).
 
 # %% tags=["hide-input"]
 recipe_table = tables.by_task(curves.loc[recipe], ["after", "sampling", "kept_of_ensemble", "worst", "spread"])
@@ -117,11 +118,11 @@ tables.shown(room_table)
 # %% [markdown]
 # ## Where it is lost
 #
-# The sum at k = ⅛ with *equal* room in all layers, when keys are random in one layer and disjoint in all others. A share
-# of a layer's channels collides; how large it is varies from draw to draw with a variance of one over the layer's room,
-# and a network of 8 channels that loses 2 has lost much. Hence the rule, one number: a layer of fewer than 64 channels
-# gets the room of one that has 64, which makes the variance equal wherever it was larger. Validation images, and seeds
-# that no table of test images has (where the profile has `choice_seeds`).
+# The sum at k = ⅛ with *equal* room in all layers, when keys are random in one layer and disjoint in all others. A
+# share of a layer's channels collides; how large it is varies from draw to draw with a variance of one over the
+# layer's room, and a network of 8 channels that loses 2 has lost much. Hence the rule, one number: a layer of fewer
+# than 64 channels gets the room of one that has 64, which makes the variance equal wherever it was larger. Validation
+# images, and seeds that no table of test images has (where the profile has `choice_seeds`).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bars: points of accuracy that the sum loses against the ensemble when keys are random in one layer only, one group of bars a layer, for MNIST and SVHN."}}
 choosing = {"split": "val", "seeds": p.choice_seeds_of}
@@ -136,8 +137,8 @@ plots.lost_by_layer(
 )
 
 # %% [markdown]
-# And draw by draw, at k = ⅛, test images: what a sum keeps against the share of the network's channels that the other one
-# uses too.
+# And draw by draw, at k = ⅛, test images: what a sum keeps against the share of the network's channels that the other
+# one uses too.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum keeps, in percent, against the share of the network's channels that the other network uses too, a point for each draw of the keys, with room by layer and with equal room in all layers."}}
 of_draws = wide.xs(HEADLINE, level="share")
@@ -152,9 +153,9 @@ plots.by_draw(
 # %% [markdown]
 # ## What each part is worth
 #
-# Each row leaves one part out, or has more of one, and is summed as the recipe is, at k = ⅛ and at ¼, where it hurts. All
-# choices of the recipe were made in this way: on validation images, with seeds that no table of test images has (where
-# the profile has `choice_seeds`). Differences are paired by seed; where n is 1 they are a hint, no more.
+# Each row leaves one part out, or has more of one, and is summed as the recipe is, at k = ⅛ and at ¼, where it hurts.
+# All choices of the recipe were made in this way: on validation images, with seeds that no table of test images has
+# (where the profile has `choice_seeds`). Differences are paired by seed; where n is 1 they are a hint, no more.
 
 # %% tags=["hide-input"]
 compared = [RANDOM, ALONE, *p.parts_with("random")]
@@ -177,12 +178,13 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # %% [markdown]
 # ## How many fit?
 #
-# Networks of further tasks join the sum, one after another: other colours and quarter turns of the same datasets. Each
-# was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside inverted MNIST), and has met none of
-# the others. The ensemble of their logits stands beside every number: what it loses is lost to loudness (the sum's
-# own batch-norm statistics may give some of it back). What keys can lose is the rest: to the right it stands against the expected number of *other* networks on
-# a channel, (N − 1)·k. A law of two numbers is fitted to the sums of fewer networks, and held to those of the most:
-# kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table says how far it holds.
+# Networks of further tasks join the sum, one after another: other colours and quarter turns of the same datasets.
+# Each was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside inverted MNIST), and has
+# met none of the others. The ensemble of their logits stands beside every number: what it loses is lost to loudness
+# (the sum's own batch-norm statistics may give some of it back). What keys can lose is the rest: to the right it
+# stands against the expected number of *other* networks on a channel, (N − 1)·k. A law of two numbers is fitted to
+# the sums of fewer networks, and held to those of the most: kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table
+# says how far it holds.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
 COUNTS = (2, 4, 8) if len(joining) == 8 else (2, 3)
@@ -227,20 +229,21 @@ tables.shown(several_table)
 # %% [markdown]
 # ## Loudness, the open problem of more than two
 #
-# θ_m + θ_s + a CIFAR-10 network under disjoint keys, where nothing collides. Which CIFAR-10 network? The support network of
-# the MNIST pair has met θ_m, that of the SVHN pair has met θ_s, one that was trained as the main network beside inverted
-# MNIST has met neither, and one whose support network learned MNIST and SVHN together has met neither network but the
-# images of both. What is lost here is lost to answers on images that nobody showed a network.
+# θ_m + θ_s + a CIFAR-10 network under disjoint keys, where nothing collides. Which CIFAR-10 network? The support
+# network of the MNIST pair has met θ_m, that of the SVHN pair has met θ_s, one that was trained as the main network
+# beside inverted MNIST has met neither, and one whose support network learned MNIST and SVHN together has met neither
+# network but the images of both. What is lost here is lost to answers on images that nobody showed a network.
 
 # %% tags=["hide-input"]
 three_table = tables.by_task(of_three, ["before", "ensemble", "after", "kept"])
 tables.shown(three_table)
 
 # %% [markdown]
-# Is a network quieter on strangers' images if it was taught to be quiet on more kinds? Each row below was trained to answer
-# uniformly not only on its partner's images but also on images of no task: coloured *noise* that changes every 1 to 8
-# pixels, *patches* (both tasks' images cut into 16 pieces and shuffled), or *any of these*, blends of two images among
-# them. Three networks, none of which has met another, on validation images; differences are paired by seed.
+# Is a network quieter on strangers' images if it was taught to be quiet on more kinds? Each row below was trained to
+# answer uniformly not only on its partner's images but also on images of no task: coloured *noise* that changes every
+# 1 to 8 pixels, *patches* (both tasks' images cut into 16 pieces and shuffled), or *any of these*, blends of two
+# images among them. Three networks, none of which has met another, on validation images; differences are paired by
+# seed.
 
 # %% tags=["hide-input"]
 loud = measure.curve(
@@ -259,8 +262,8 @@ tables.shown(loud_table, marked=[DISJOINT])
 #
 # A network under a key is a small network, and quietness and strange partners take some of its capacity. Here is what
 # each does alone, before any sum, against a dense one of full width (that of `independent`) and one of its own size,
-# both trained alone for as many steps (own training task's statistics). What *counts* in the table of task 3 is the last of
-# these: the whole interval below one point.
+# both trained alone for as many steps (own training task's statistics). What *counts* in the table of task 3 is the
+# last of these: the whole interval below one point.
 
 # %% tags=["hide-input"]
 sums = tables.wide(measure.frame(study, measure.strangers(study, FIRST, SECOND)))

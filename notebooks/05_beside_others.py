@@ -11,15 +11,16 @@
 # %% [markdown]
 # # Beside others
 #
-# The benchmark of *ZipIt!* (Stoica et al. 2024): a dataset is cut into its classes 0 to 4 and 5 to 9, two networks are
-# trained, each on its half alone, and made into one that has to tell all ten classes. Nobody says which half a test
-# image is from. Every way is tried on the same small networks, of the size that the keyed ones have: those *trained
-# plainly* (`keys alone`), those that are `quiet alone` on the other half's images as in the nearest work (Caso et al.
-# 2026), also with nine tenths of their weights pruned from a shared start, those trained plainly from a shared start,
-# which task arithmetic and TIES ask for, and this study's, which are only added or run side by side. These were trained beside
-# a network that learns the other half (*seen*: its images, and through the loss of the sum its classes), or beside one
-# of another dataset (*unseen*: what a network says to classes that it never saw is then an open-set problem). Where a
-# ResNet-20 is there too, it answers whether the finding needs a VGG, with three kinds of networks.
+# The benchmark of *ZipIt!* (Stoica et al. 2024): a dataset is cut into its classes 0 to 4 and 5 to 9, two networks
+# are trained, each on its half alone, and made into one that has to tell all ten classes. Nobody says which half a
+# test image is from. Every way is tried on the same small networks, of the size that the keyed ones have: those
+# *trained plainly* (`keys alone`), those that are `quiet alone` on the other half's images as in the nearest work
+# (Caso et al. 2026), also with nine tenths of their weights pruned from a shared start, those trained plainly from a
+# shared start, which task arithmetic and TIES ask for, and this study's, which are only added or run side by side.
+# These were trained beside a network that learns the other half (*seen*: its images, and through the loss of the sum
+# its classes), or beside one of another dataset (*unseen*: what a network says to classes that it never saw is then
+# an open-set problem). Where a ResNet-20 is there too, it answers whether the finding needs a VGG, with three kinds
+# of networks.
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -78,17 +79,18 @@ plots.merged(
 # The dashed line is the ceiling: the best ensemble of logits, which runs both networks. *Random signs* are told which
 # half a test image is from, which nobody else is. Statistics of batch norm are those of unlabelled training images of
 # both halves (`union`), under random keys of each channel's owner (`by_owner`); disjoint keys need none (`summed`).
-# Where a way has coefficients (α and β of ZipIt!, λ of Fisher, the scale of task arithmetic and TIES), validation images choose.
+# Where a way has coefficients (α and β of ZipIt!, λ of Fisher, the scale of task arithmetic and TIES), validation
+# images choose.
 #
 # Sizes are fair where the *merged* networks are of one size: the last column counts the weights of the one network that
 # are not zero, as a multiple of one of the two. A zipped or averaged network has one network's (of a
 # pruned pair more, since their zeros don't coincide), a sum under keys or one
 # that is zipped in part has up to two, an ensemble two.
 #
-# The grey marks are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width, whose
-# targets are the classes' names in CLIP's text space. Of the nearest work (Caso et al. 2026) there is no such number:
-# it adds networks for pairs of MNIST's classes, which read 98.4 to 99.1 %; on CIFAR-10 its sums of weights fail, and sums
-# of logits work.
+# The grey marks are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width,
+# whose targets are the classes' names in CLIP's text space. Of the nearest work (Caso et al. 2026) there is no such
+# number: it adds networks for pairs of MNIST's classes, which read 98.4 to 99.1 %; on CIFAR-10 its sums of weights
+# fail, and sums of logits work.
 
 # %% tags=["hide-input"]
 table = tables.table(summary, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
@@ -99,9 +101,10 @@ tables.shown(table, marked=["sum under random keys", "sum under disjoint keys"])
 # %% [markdown]
 # ## Finding
 #
-# For the sum under disjoint keys of networks that have not seen the other half: does it read more than what ZipIt! makes
-# of the first layers of networks trained plainly, and no more than a point less than the ensemble of their logits? A
-# target is reached or missed if the whole 95 % interval over seeds says so, else undecided; one seed decides nothing.
+# For the sum under disjoint keys of networks that have not seen the other half (in a profile without them, as `quick`, that
+# of plainly trained ones under random keys): does it read more than what ZipIt! makes of the first layers of networks
+# trained plainly, and no more than a point less than the ensemble of their logits? A target is reached or missed if the
+# whole 95 % interval over seeds says so, else undecided; one seed decides nothing.
 
 # %% tags=["hide-input"]
 intervals = {".".join(map(params.slug, at)): cell for at, cell in after.items()}

@@ -214,7 +214,7 @@ def policies(shown: Mapping[str, pd.Series], names: Sequence[str], message: str)
         sns.heatmap(means, ax=axes, annot=True, fmt=".0f", **look)
         axes.set(title=heading, xlabel="", ylabel="")
         axes.set_yticks(np.arange(len(methods)) + 0.5, methods)
-        axes.tick_params(labelsize=9, rotation=0)
+        axes.tick_params(labelsize=9, rotation=0, grid_alpha=0)
     return _done(figure, message)
 
 
