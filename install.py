@@ -75,8 +75,7 @@ def install(folder, named):
     for left in folder.glob("installed-*"):
         left.unlink()
     print(f"installing the locked packages into {folder} (a few minutes, once)", flush=True)
-    quiet = ["-q", "--disable-pip-version-check", "--no-compile"]  # what is imported is compiled then: a third less time
-    pip, uv = [str(python_of(folder)), "-m", "pip", "install", *quiet], shutil.which("uv")
+    pip, uv = [str(python_of(folder)), "-m", "pip", "install", "-q", "--disable-pip-version-check"], shutil.which("uv")
     if uv:  # several times as fast
         pip = [uv, "pip", "install", "-q", "--python", str(python_of(folder))]
     for what in (["-r", "requirements.lock"], ["--no-deps", "-e", "."]):
