@@ -159,7 +159,7 @@ tables.shown(policy_table)
 # methods of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks
 # their `own`; of *random signs*, which are told which task a test image is from, `per_task`. Where a way has
 # coefficients, validation images choose. The last rows did meet: networks that were trained on both tasks. A profile
-# with `ceiling_seeds: 0`, as `quick`, has neither these nor ways with coefficients.
+# with `ceiling_seeds: 0`, as `quick`, has neither these nor what takes long: merging more finely than by a sum.
 
 # %% tags=["hide-input"]
 merged = [beside.mergers(study, FIRST, SECOND), measure.frame(study, measure.ceilings(study, FIRST, SECOND))]

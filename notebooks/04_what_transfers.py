@@ -144,11 +144,9 @@ plots.lost_by_layer(
 of_draws = wide.xs(HEADLINE, level="share")
 of_draws = of_draws[of_draws.index.get_level_values("line").isin([recipe, equal_room])]
 ranked = of_draws.groupby("tested")[["shared", "kept"]].corr("spearman")["kept"].xs("shared", level=1)
-plots.by_draw(
-    of_draws,
-    "What a sum of two strangers keeps, and how many channels they share: rank correlation "
-    + " and ".join(f"{ranked[n]:.2f} on {tables.title(n)}".replace("-", "−") for n in BOTH),
-)
+correlation = " and ".join(f"{ranked[n]:.2f} on {tables.title(n)}".replace("-", "−") for n in BOTH)
+message = "What a sum of two strangers keeps, and how many channels they share"
+plots.by_draw(of_draws, f"{message}: rank correlation {correlation}" if p.draws > 2 else message)
 
 # %% [markdown]
 # ## What each part is worth

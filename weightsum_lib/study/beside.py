@@ -125,14 +125,14 @@ def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
     """Task 3 by the methods of others, on networks trained apart, and on those from one start (`shared start`).
 
     ``method`` is the way, and whether from a shared start. A partner with random weights of equal norms stands in for
-    each network in turn. Ways with coefficients, which are to be chosen, are left out where ``ceiling_seeds`` is 0.
+    each network in turn. Where ``ceiling_seeds`` is 0 there are only sums, averages and the ensemble of logits.
     """
     p, both, choices = study.params, (first, second), []
     for row in [row for row in (BASELINE, SHARED) if row in p.rows]:
         for seed in p.seeds_of(row):
             pair, case = tuple(measure.members(study, row, both, seed)), partial(Case, "3", row, seed)
             tried = _merged(case, pair, both, p.method(row))
-            choices += [each for each in tried if p.ceiling_seeds or len(each) == 1]
+            choices += [c for c in tried if p.ceiling_seeds or c[0].what.how in ("plain", "average", "ensemble")]
             if row == BASELINE:
                 swapped = ((each, each[0].task) for each in (pair, pair[::-1]))
                 choices += [[case(_STRANGER, Sum(each, both, "stranger"), "union", (task,))] for each, task in swapped]
