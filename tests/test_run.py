@@ -107,8 +107,8 @@ def test_the_study_runs_from_nothing_to_a_report(house):
 
 def test_progress_goes_to_the_terminal_and_not_into_the_notebooks(house):
     lines = [line for line in house.first.stderr.splitlines() if re.search(r"01_mnist_cifar10: run \d", line)]
-    # two epochs of two networks alone in three rows and of one on stand-ins, three fine-tunings of one, and five pairs
-    assert len(lines) == 3 * 2 * 2 + 2 + 3 + 5 * 2 and all("min left" in line for line in lines)
+    # two epochs of two networks alone in three rows, three fine-tunings of one, and five pairs
+    assert len(lines) == 3 * 2 * 2 + 3 + 5 * 2 and all("min left" in line for line in lines)
     for name in NOTEBOOKS[1:]:
         texts = [o for c in house.notebook(name).cells for o in c.get("outputs", []) if o.output_type == "stream"]
         assert texts == []
