@@ -278,6 +278,8 @@ def test_wrong_parameters_stop_before_anything_runs(house):
     [
         (["all", "--profile", "full"], "no GPU here"),
         (["all", "--profile", "published"], "make book PROFILE=published"),
+        (["all", "--profile", "literal"], "one page and no report: make notebooks PROFILE=literal"),
+        (["notebooks", "--profile", "literal", "--notebook", "02"], "begins with '02'; there are 01_mnist_cifar10"),
         (
             ["all", "--profile", "smoke", "--seeds", "two"],
             "'seeds' (seeds 0, 1, … of each method) must be int from 1 to 1000, got 'two' (str)",

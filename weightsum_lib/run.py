@@ -367,6 +367,8 @@ def main(argv: list[str] | None = None) -> int:
             # not every shell expands DATA_DIR=~/…
             knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": given.seeds}
             p = params.read(given.profile, {name: value for name, value in knobs.items() if value != ""})
+            if p.only_task and given.step not in ("plan", "train", "notebooks"):
+                raise ParamsError(f"'{p.profile}' is one page and no report: make notebooks PROFILE={p.profile}")
             folder = Path(p.results_dir) / p.profile
         if given.step in ("plan", "train"):
             train(p, only_plan=given.step == "plan")
