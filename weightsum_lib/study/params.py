@@ -131,7 +131,7 @@ class Params:
     seeds: int = _knob("seeds 0, 1, … of each method", _from(1, 1000))
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
     draws: int = _knob("draws of random keys", _from(1, 1000))
-    ceiling_seeds: int = _knob("seeds of the networks that do meet both tasks of task 3", _from(0, 1000))
+    ceiling_seeds: int = _knob("seeds of networks that meet both tasks of task 3; 0: few mergers", _from(0, 1000))
     only_task: int = _knob("1 or 2: the page of that task alone; 0: the whole report", _from(0, 2))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
