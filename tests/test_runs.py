@@ -353,10 +353,10 @@ def test_a_gpu_that_is_not_there_is_missed_before_training(tiny):
     assert pick_device("auto") == torch.device("cpu")
 
 
-def test_bfloat16_only_where_the_processor_has_it(monkeypatch):
+def test_bfloat16_only_where_the_processor_is_faster_with_it(monkeypatch):
     cpu = torch.device("cpu")
     for has in (False, True):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx2": True, "avx512_bf16": has})
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": True, "amx_bf16": has})
         assert pick_precision(cpu) == ("bfloat16" if has else "float32")
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
     assert pick_precision(cpu) == "float32"

@@ -93,18 +93,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(device: torch.device, wanted: str = "auto") -> str:
-    """ "bfloat16" where the hardware multiplies it natively, else "float32".
+    """What is ``wanted``; for "auto" "bfloat16" where it is the faster one: on a GPU that has it, on a CPU with AMX.
+
+    AVX-512 multiplies it too, but there a training step takes 1.2 to 1.3 times as long as in "float32".
 
     Raises:
         ParamsError: bfloat16 is ``wanted`` and the hardware does not multiply it.
     """
-    if wanted == "float32":
-        return wanted
-    cpu = getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16")
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu
-    if wanted == "bfloat16" and not has:
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    if wanted == "bfloat16" and not (gpu or cpu.get("avx512_bf16")):
         raise ParamsError("precision 'bfloat16' is asked for, which this processor does not multiply; say 'auto'")
-    return "bfloat16" if has else "float32"
+    return wanted if wanted != "auto" else "bfloat16" if gpu or cpu.get("amx_bf16") else "float32"
 
 
 def build(config: RunConfig, role: str = "main") -> nn.Module:
