@@ -258,3 +258,11 @@ def test_owners_want_a_sum_and_a_tensor(of_two):
     for module, images in ((networks[0], torch.cat(parts)), (WeightSum(networks), parts)):
         with pytest.raises(ValueError, match="of a sum and a tensor"):
             recalibrate(module, images, owners)
+
+
+def test_a_scripted_module_hides_its_batch_norm_and_is_refused():
+    x = 5 + torch.randn(50, 3)
+    network = torch.jit.trace(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)).eval(), x)
+    for module in (network, torch.nn.Sequential(network)):
+        with pytest.raises(ValueError, match=r"scripted or traced module hides its batch norm"):
+            recalibrate(module, x)

@@ -20,6 +20,7 @@ from weightsum_lib import (
     widen,
 )
 from weightsum_lib.core.keys import embed
+from weightsum_lib.core.merging import weight_matching
 
 
 def network(arch=vgg8, width=1 / 16, **options):
@@ -209,3 +210,22 @@ def test_statistics_of_channels_without_a_key_are_not_added():
     with pytest.raises(ValueError, match=r"'norm.running_mean' is of channels that all networks share; recalibrate"):
         total.add_statistics()
     assert WeightSum(networks).add_statistics().body.norm.running_var.tolist() == [2.0] * 3
+
+
+def test_channels_of_another_network_are_refused_by_name():
+    make = lambda *more: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), *more)  # noqa: E731
+    x, generator = torch.randn(6, 3), torch.Generator().manual_seed(0)
+    a, deeper = make(), make(nn.ReLU(), nn.Linear(4, 2))
+    for network, of in ((a, deeper), (deeper, a)):
+        channels = hidden_channels(of, x)
+        with pytest.raises(ValueError, match=r"'4.bias' is in the network or in the channels only"):
+            widen(network, draw(channels, 2, generator))
+        with pytest.raises(ValueError, match=r"'4.bias' is in the network or in the channels only"):
+            weight_matching(network, network, channels)
+
+
+def test_keys_for_wide_networks_of_two_sizes_are_not_packed_into_one():
+    generator = torch.Generator().manual_seed(0)
+    channels = hidden_channels(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(6, 3))
+    with pytest.raises(ValueError, match=r"keys of one sum are for one wide network, got .*8.* and .*32"):
+        compact([draw(channels, 2, generator), draw(channels, 8, generator)])

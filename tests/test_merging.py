@@ -366,3 +366,43 @@ def test_what_is_retrieved_from_a_superposition_is_the_network_and_the_other_und
 def test_networks_that_do_not_fit_are_refused_by_name(merge, message):
     with pytest.raises(ValueError, match=message):
         merge()
+
+
+def _small(hidden=4):
+    return torch.nn.Sequential(torch.nn.Linear(3, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 2))
+
+
+def test_ties_of_another_architecture_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"'0.weight' is \(4, 3\).* in network 0 and \(5, 3\).* in network 1"):
+        merging.ties(_small(), [_small(5), _small(5)])
+
+
+def test_a_layer_that_is_dead_in_one_network_is_merged_as_the_other_has_it():
+    a, b = _small(), _small()
+    torch.nn.init.constant_(a[0].bias, -100)
+    merged = merging.regmean([a, b], [torch.randn(50, 3)] * 2, shrink=1.0)
+    torch.testing.assert_close(merged[2].weight, b[2].weight, rtol=1e-3, atol=1e-3)
+
+
+def test_channels_that_are_the_last_axis_are_matched_there():
+    class Tokens(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = torch.nn.Linear(3, 6), torch.nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    a, x = Tokens(), torch.randn(50, 5, 3)
+    channels = hidden_channels(a, x)
+    moved = widen(a, draw(channels, 1, torch.Generator().manual_seed(3)))
+    assert not torch.equal(moved.a.weight, a.a.weight)
+    torch.testing.assert_close(merging.activation_matching(a, moved, channels, x).a.weight, a.a.weight)
+
+
+@pytest.mark.parametrize(("fishers", "coefficients"), [(1, None), (2, [0.3]), (3, None), (2, [0.1, 0.2, 0.3])])
+def test_fishers_and_coefficients_are_one_a_network(fishers, coefficients):
+    a, b = _small(), _small()
+    size = sum(p.numel() for p in a.parameters())
+    with pytest.raises(ValueError, match="zip"):
+        merging.fisher_average([a, b], [torch.rand(size) for _ in range(fishers)], coefficients)

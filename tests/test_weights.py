@@ -926,7 +926,183 @@ def test_the_key_type_is_what_the_documentation_says():
 def test_an_ordinary_forward_pre_hook_is_refused_until_it_is_removed():
     networks = [nn.Sequential(nn.Linear(2, 2)) for _ in "ab"]
     hook = networks[1][0].register_forward_pre_hook(lambda m, args: None)
-    with pytest.raises(ValueError, match=r"'0' of network 1 .*forward pre-hook.*remove"):
+    with pytest.raises(ValueError, match=r"'0' of network 1 .*forward \(pre-\)hook.*remove"):
         WeightSum(networks)
     hook.remove()
     WeightSum(networks)
+
+
+class Scaled(nn.Module):
+    """One linear layer, and something beside it that its computation depends on."""
+
+    def __init__(self, **beside):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        vars(self).update(beside)
+
+    def forward(self, x):
+        return self.linear(x) * self.scale
+
+
+class Turned(Scaled):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def _in_order(*names):
+    layers = {"linear": nn.Linear(3, 3), "relu": nn.ReLU()}
+    network = nn.Sequential()
+    for name in names:
+        network.add_module(name, layers[name])
+    return network
+
+
+def _hooked():
+    network = nn.Linear(3, 3)
+    network.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "named"),
+    [
+        (Scaled(scale=1.0), Scaled(scale=2.0), r"'\.scale' is \[1.0\] in network 0 and \[2.0\] in network 1"),
+        (Scaled(scale={"by": [1, 2]}), Scaled(scale={"by": [1, 3]}), r"'\.scale' is \[1, 2\]"),
+        (
+            Scaled(scale=[torch.ones(1)]),
+            Scaled(scale=[torch.zeros(1)]),
+            r"'scale\[0\]', which is no parameter, differs",
+        ),
+        (Scaled(scale=1.0, f=lambda x: x), Scaled(scale=1.0, f=lambda x: -x), r"'\.f' is"),
+        (Scaled(scale=1.0), Turned(scale=1.0), r"'module ' is Scaled"),
+        (
+            Scaled(scale=1.0),
+            type("Scaled", (Scaled,), {"forward": Turned.forward})(scale=1.0),
+            r"'code of \.\w+' is <code object",
+        ),
+        (nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 2), r"'\.num_heads' is \[1\] in network 0 and \[2\]"),
+        (nn.AvgPool2d(2), nn.AvgPool2d(2, count_include_pad=False), r"'1\.count_include_pad' is \[True\]"),
+        (
+            _in_order("linear", "relu"),
+            _in_order("relu", "linear"),
+            r"'module ' is Sequential\(\) of \['linear', 'relu'\]",
+        ),
+        (nn.Linear(3, 3), _hooked(), r"'' of network 1 .*forward \(pre-\)hook"),
+    ],
+)
+def test_networks_that_compute_something_else_beside_their_tensors_are_refused(a, b, named):
+    if isinstance(a, nn.AvgPool2d):
+        a, b = nn.Sequential(nn.Conv2d(1, 1, 1), a), nn.Sequential(nn.Conv2d(1, 1, 1), b)
+    with pytest.raises(ValueError, match=named):
+        WeightSum([a, b])
+    WeightSum([a if not a._forward_hooks else b, copy.deepcopy(a)])
+
+
+def test_a_class_that_was_defined_again_is_the_same_one():
+    """As in a notebook's cell that is run twice."""
+    source = "class Net(nn.Linear):\n    def forward(self, x):\n        return 2 * super(nn.Linear, self).forward(x)\n"
+    made = []
+    for _ in range(2):
+        scope = {"nn": nn}
+        exec(compile(source, "cell", "exec"), scope)
+        made.append(scope["Net"](2, 2))
+    assert type(made[0]) is not type(made[1])
+    WeightSum(made)
+
+
+GLOBAL = torch.tensor(2.0)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda w, x: (w / torch.tensor(0.5)).round() * 0.5,
+        lambda w, x: (w * x.new_ones(1)).exp(),
+        lambda w, x: (w * GLOBAL).exp(),
+        lambda w, x: (w + torch.zeros_like(x)[:1, :1]).sigmoid(),
+    ],
+)
+def test_a_constant_does_not_hide_a_weight_that_is_another_function(compute):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x):
+            return F.linear(x, compute(self.w, x))
+
+    with pytest.raises(ValueError, match=r"a weight is computed from w by \w+, which is not affine"):
+        WeightSum([Net(), Net()])(torch.randn(2, 3))
+
+
+@pytest.mark.parametrize("kept", ["list", "layers", "closure"])
+def test_a_parameter_that_is_not_registered_is_refused_once_it_takes_part(kept):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, w = nn.Linear(3, 3), nn.Parameter(torch.randn(3, 3))
+            own = {"list": [w], "layers": [nn.Linear(3, 3)], "closure": lambda x: F.linear(x, w)}[kept]
+            self.own = own
+
+        def forward(self, x):
+            x = self.linear(x)
+            if kept == "list":
+                return F.linear(x, self.own[0])
+            return self.own[0](x) if kept == "layers" else self.own(x)
+
+    with pytest.raises(ValueError, match=r"a parameter \(3, 3\) takes part that the network has not registered"):
+        WeightSum([Net(), Net()])(torch.randn(2, 3))
+
+
+def test_each_mode_is_proven_for_itself():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x):
+            return F.linear(x, self.w if self.training else self.w.sign())
+
+    total, x = WeightSum([Net(), Net()]), torch.randn(2, 3)
+    total(x)
+    with pytest.raises(ValueError, match="computed from w by sign"):
+        total.eval()(x)
+
+
+def test_under_inference_mode_nothing_is_proven_and_what_needs_a_proof_is_refused():
+    with torch.inference_mode():
+        with pytest.raises(ValueError, match=r"'LowRank', a layer of another library.*nor under .*inference_mode"):
+            WeightSum([LowRank(True), LowRank(True)])(torch.randn(5, 4))
+        a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+        x = torch.randn(4, 3)
+        torch.testing.assert_close(WeightSum([a, b])(x), a(x) + b(x))
+
+
+def test_parameters_in_a_container_are_proven_like_those_of_a_layer():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.low = nn.ParameterDict({"A": torch.randn(2, 3), "B": torch.randn(3, 2)})
+
+        def forward(self, x):
+            return x @ self.low["A"].t() @ self.low["B"].t()
+
+    pair = [Net(), Net()]
+    with pytest.raises(ValueError, match=r"computed from low.A and low.B by mm"):
+        WeightSum(pair)(torch.randn(2, 3))
+    with pytest.raises(ValueError, match=r"'low', a layer of another library"):
+        WeightSum(pair).materialize()
+
+
+@pytest.mark.parametrize("make", [lambda: nn.GRU(3, 4), lambda: nn.LSTM(3, 4, batch_first=True), lambda: nn.RNN(3, 4)])
+def test_recurrent_networks_are_summed_and_take_all_their_arguments(make):
+    pair, x = [make(), make()], torch.randn(5, 2, 3)
+    plain, total = by_hand(pair, [1, 1]), WeightSum(pair)
+    torch.testing.assert_close(total(x)[0], plain(x)[0])
+    batch = x.shape[0] if plain.batch_first else x.shape[1]
+    state = torch.randn(1, batch, 4)
+    state = (state, -state) if isinstance(plain, nn.LSTM) else state
+    torch.testing.assert_close(total(x, state)[0], plain(x, state)[0])
+    torch.testing.assert_close(total(x, hx=state)[0], plain(x, hx=state)[0])
+    total(x, state, held=[1])[0].sum().backward()
+    assert pair[0].weight_ih_l0.grad is not None and pair[1].weight_ih_l0.grad is None

@@ -43,12 +43,15 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable, owners: Tensor | N
         TypeError: an iterator, which one pass uses up, or something that holds no tensors.
         ValueError: ``owners`` of something else than a sum and a tensor of as many images, or a network with fewer
             than two of them; fewer than two images, images that change from pass to pass, inputs of a layer that are
-            not finite; a layer that keeps no running statistics, is used twice or never reached. The layer is named.
+            not finite; a scripted module; a layer that keeps no running statistics, is used twice or never reached. The
+            layer is named.
     """
     whole = isinstance(images, Tensor)
     if isinstance(images, Iterator) or not isinstance(images, Iterable):
         kind = type(images).__name__
         raise TypeError(f"{kind} can't be gone through once a layer; give a tensor, a list of batches or a DataLoader")
+    if any(isinstance(m, torch.jit.ScriptModule) for m in module.modules()):
+        raise ValueError("a scripted or traced module hides its batch norm; recalibrate the network before that")
     parents = {m for s in module.modules() if isinstance(s, WeightSum) for m in s.networks.modules()}
     names = {m: n for n, m in module.named_modules() if isinstance(m, _BatchNorm) and m not in parents}
     if silent := [name for layer, name in names.items() if layer.running_mean is None]:

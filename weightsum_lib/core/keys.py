@@ -143,8 +143,13 @@ def compact(keys: Sequence[Key]) -> list[Key]:
 
     A sum under these is the same function with less to compute. Where keys overlap some of its channels are
     nobody's, so that the shapes are the same for all keys of one size: new ones are slow at first.
+
+    Raises:
+        ValueError: keys for wide networks of different sizes.
     """
     positions, sizes = [{} for _ in keys], {}
+    if other := [key.sizes for key in keys if key.sizes != keys[0].sizes]:
+        raise ValueError(f"keys of one sum are for one wide network, got {keys[0].sizes} and {other[0]}")
     for group, wide in keys[0].sizes.items():
         used = torch.cat([key.positions[group] for key in keys]).unique()
         sizes[group] = min(sum(len(key.positions[group]) for key in keys), wide)
@@ -206,13 +211,23 @@ def tensors_of(network: nn.Module, every_name: bool = False) -> dict[str, Tensor
     return dict([*network.named_parameters(remove_duplicate=once), *network.named_buffers(remove_duplicate=once)])
 
 
+def check_channels(network: nn.Module, channels: Channels) -> None:
+    """Raise ValueError, with the tensor's name, where these are the channels of another network."""
+    if other := channels.axes.keys() ^ tensors_of(network, every_name=True).keys():
+        raise ValueError(f"'{min(other)}' is in the network or in the channels only; take the channels of this network")
+
+
 def widen(network: nn.Module, key: Key) -> nn.Module:
     """The wide network that holds a small one where the key says and zeros elsewhere; the same function.
 
     Args:
         network: left as it is.
         key: where its hidden channels go.
+
+    Raises:
+        ValueError: the key is for another network.
     """
+    check_channels(network, key.channels)
     return with_tensors(network, embed(tensors_of(network), key))
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import vector_to_parameters
 
-from weightsum_lib.core.keys import Channels, Key, deal, embed, tensors_of, widen, with_tensors
-from weightsum_lib.core.weights import WeightSum
+from weightsum_lib.core.keys import Channels, Key, check_channels, deal, embed, tensors_of, widen, with_tensors
+from weightsum_lib.core.weights import WeightSum, check_summable
 
 
 def _assigned(similarity: Tensor) -> Tensor:
@@ -59,7 +59,11 @@ def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, ke
 
     Returns:
         the merged network; its batch-norm statistics are to be re-estimated.
+
+    Raises:
+        ValueError: networks of different architectures; what differs is named.
     """
+    check_summable([start, *networks])
     merged = copy.deepcopy(start).eval()
     origin, *ends = (_vector(n.parameters()) for n in (start, *networks))
     found = torch.stack(ends) - origin
@@ -89,6 +93,7 @@ def weight_matching(a: nn.Module, b: nn.Module, channels: Channels, seed: int = 
     Raises:
         ValueError: a parameter of another shape in ``a`` than in ``b``, or that the channels don't fit; it is named.
     """
+    check_channels(b, channels)
     of_a, of_b = ({k: p.double() for k, p in n.named_parameters()} for n in (a, b))
     for name in of_a.keys() | of_b.keys():
         shapes = [tuple(of[name].shape) if name in of else "missing" for of in (of_a, of_b)]
@@ -162,8 +167,9 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
     total = {g: x.new_zeros(n * each + 1, n * each + 1, dtype=torch.float64) for g, each in channels.sizes.items()}
 
     def record(number, group, each):
-        def hook(layer, inputs):  # (N, C, H, W) or (N, C · each)
-            read[number, group] = inputs[0].unflatten(1, (-1, each)).movedim(1, -1).flatten(0, -2).double()
+        def hook(layer, inputs):  # (N, C, H, W), or (N, ..., C · each) of a linear layer
+            rows = inputs[0].movedim(1 if isinstance(layer, _ConvNd) else -1, -1).unflatten(-1, (-1, each))
+            read[number, group] = rows.transpose(-1, -2).flatten(0, -2).double()
 
         return hook
 
@@ -310,7 +316,7 @@ def regmean(networks: Sequence[nn.Module], inputs: Sequence[Tensor], shrink: flo
         total, target = 0.0, 0.0
         for network, gram in zip(networks, grams, strict=True):
             g = shrink * gram[name] + (1 - shrink) * gram[name].diagonal().diag()
-            g = g / g.trace()  # the networks' inputs may differ in scale
+            g = g / g.trace().clamp(min=1e-30)  # the networks' inputs may differ in scale, or be 0 in one
             weight = network.get_submodule(name).weight.flatten(1).T.double()
             total, target = total + g, target + g @ weight
         total += torch.eye(len(total), device=total.device) * 1e-6 * total.diagonal().mean()  # dead inputs
@@ -359,9 +365,12 @@ def fisher_average(
 
     Returns:
         the merged network; its batch-norm statistics are to be re-estimated.
+
+    Raises:
+        ValueError: another number of fishers or coefficients than of networks.
     """
     merged, own = average(networks), torch.stack([_vector(n.parameters()) for n in networks])
-    weights = torch.stack(list(fishers)) * own.new_tensor(coefficients or [1.0] * len(networks))[:, None]
+    weights = torch.stack([c * f for c, f, _ in zip(coefficients or [1.0] * len(own), fishers, own, strict=True)])
     vector_to_parameters((weights * own).sum(0) / weights.sum(0), merged.parameters())
     return merged
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from numbers import Real
+from types import BuiltinFunctionType, FunctionType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,21 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from weightsum_lib.core.keys import Key, embed, tensors_in, tensors_of, with_tensors
 
 # Operations that are affine in all their tensors together, and those in each of two factors (after a bias, some).
 _AFFINE = (
     "add sub rsub neg sum mean cumsum cat stack repeat flip roll tril triu where index index_select index_put gather "
-    "embedding constant_pad_nd clone copy zero _to_copy _unsafe_view native_dropout upsample_bilinear2d "
-    "upsample_bicubic2d"
+    "embedding constant_pad_nd clone copy zero _to_copy _unsafe_view native_dropout upsample_bilinear2d lift_fresh "
+    "upsample_bicubic2d upsample_nearest1d upsample_nearest2d upsample_linear1d reflection_pad1d reflection_pad2d fill "
+    "unsafe_split masked_fill scatter_add index_add diag_embed complex trace avg_pool2d _fft_r2c _fft_c2r _fft_c2c"
 )
 _BIASED = frozenset(("addmm", "addmv", "baddbmm"))
 _PRODUCTS = _BIASED | {"mul", "mm", "bmm", "mv", "dot", "convolution"}
+_MODULE = frozenset(vars(nn.Module()))  # attributes that say nothing of a module's own computation
+_PLAIN = (bool, int, float, complex, str, type(None), FunctionType, BuiltinFunctionType, MethodType)
 
 
 def weighted_sum(parents: Iterable[Mapping[str, Tensor]], coefficients: Sequence[float]) -> dict[str, Tensor]:
@@ -65,14 +70,18 @@ def _check_alike(first: Mapping[str, object], other: Mapping[str, object], numbe
         here, there = first.get(name, "missing"), other.get(name, "missing")
         if here != there:
             what = f"'{name}' is {here} in network 0 and {there} in network {number}"
-            raise ValueError(f"{what}; a sum of weights needs one architecture, width, type and device")
+            raise ValueError(
+                f"{what}; a sum of weights needs one architecture, width, type and device, and equal settings"
+            )
 
 
 def _tensors(network: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """All tensors under all their names: role (parameter, statistic of batch norm, constant) and tensor."""
     found = {}
     for path, module in network.named_modules(remove_duplicate=False):
-        for name, tensor in {**vars(module), **module._parameters, **module._buffers}.items():
+        held = ((k, v, i, t) for k, v in vars(module).items() if k not in _MODULE for i, t in enumerate(tensors_in(v)))
+        own = {k if t is v else f"{k}[{i}]": t for k, v, i, t in held if t is v or not isinstance(t, nn.Parameter)}
+        for name, tensor in {**own, **module._parameters, **module._buffers}.items():
             if isinstance(tensor, Tensor):
                 norm = isinstance(module, _BatchNorm) and name in ("running_mean", "running_var", "num_batches_tracked")
                 role = "parameter" if isinstance(tensor, nn.Parameter) else "statistic" if norm else "constant"
@@ -80,7 +89,17 @@ def _tensors(network: nn.Module) -> dict[str, tuple[str, Tensor]]:
     return found
 
 
-def _check_summable(networks: Sequence[nn.Module]) -> None:
+def _settings(path: str, module: nn.Module) -> dict[str, object]:
+    """What a module's computation may depend on beside its tensors: kind, code, layers; plain values and functions."""
+    found = {f"module {path}": f"{module._get_name()}({module.extra_repr()}) of {[*module._modules]}"}
+    found |= {f"code of {path}.{k}": f.__code__ for k, f in vars(type(module)).items() if isinstance(f, FunctionType)}
+    for name, leaves in ((name, tree_leaves(value)) for name, value in vars(module).items() if name not in _MODULE):
+        if all(isinstance(leaf, _PLAIN) for leaf in leaves):
+            found[f"{path}.{name}"] = [getattr(leaf, "__code__", leaf) for leaf in leaves]
+    return found
+
+
+def check_summable(networks: Sequence[nn.Module]) -> None:
     """Raise unless the networks are one computation on different parameters, and the parameters its weights."""
     first = None
     for i, network in enumerate(networks):
@@ -94,15 +113,17 @@ def _check_summable(networks: Sequence[nn.Module]) -> None:
             kinds[name] = f"{tuple(tensor.shape)}, a {role} of {tensor.dtype} on {tensor.device}"
             kinds[name] += f", tied to '{tied}'" if tied != name else ""
         for path, module in network.named_modules(remove_duplicate=False):
-            modules[f"module {path}"] = f"{module._get_name()}({module.extra_repr()})"
-            if is_parametrized(module) or module._forward_pre_hooks or isinstance(module, WeightSum):
+            modules |= _settings(path, module)
+            hooked = module._forward_pre_hooks or module._forward_hooks
+            if is_parametrized(module) or hooked or isinstance(module, WeightSum):
                 todo = "remove or merge first (remove_parametrizations, remove_weight_norm, prune.remove, materialize)"
-                raise ValueError(f"'{path}' of network {i} is a sum, or parametrized (by a forward pre-hook?); {todo}")
+                raise ValueError(f"'{path}' of network {i} is a sum, parametrized, or has a forward (pre-)hook; {todo}")
         first = first or (kinds, modules, tensors)
         _check_alike(first[0], kinds, i)
         _check_alike(first[1], modules, i)
         for name, (role, tensor) in tensors.items():
-            if role == "constant" and not tensor.is_meta and not torch.equal(tensor, first[2][name][1]):
+            known = tensor is first[2][name][1] or tensor.is_meta or torch.equal(tensor, first[2][name][1])
+            if role == "constant" and not known:
                 raise ValueError(f"'{name}', which is no parameter, differs between networks 0 and {i}; a sum has one")
 
 
@@ -115,25 +136,32 @@ class _Followed(TorchDispatchMode):
 
     Args:
         weights: the parameters.
-        body: the network; its other tensors are constants.
+        body: the network; its other tensors are constants, and so is what else takes part.
         layers: paths of other libraries' layers that have parameters.
+        inputs: of the pass.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, weights: Mapping[str, Tensor], body: nn.Module, layers: Iterable[str]):
+    def __init__(self, weights: Mapping[str, Tensor], body: nn.Module, layers: Iterable[str], inputs: object):
         super().__init__()
         self.layers = set(layers)
         # storage: parameters that it depends on, whether on the input too, and a tensor that keeps the storage alive
         self.sources = {_storage(t): (frozenset(), False, t) for _, t in _tensors(body).values()}
         self.sources |= {_storage(t): (frozenset([name]), False, t) for name, t in weights.items()}
+        self.sources |= {_storage(t): (frozenset(), True, t) for t in tensors_in(inputs)}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         """Compute one operation, and say what its result depends on."""
         out = op(*args, **(kwargs or {}))
-        other = (frozenset(), True)  # what is not known comes from the input
-        name, results = op.__name__.split(".")[0].rstrip("_"), tensors_in(out)
-        sources = [self.sources.get(_storage(t), other) for t in tensors_in((args, kwargs))]
+        other = (frozenset(), False)  # what is not known is a constant
+        name, results, operands = op.__name__.split(".")[0].rstrip("_"), tensors_in(out), tensors_in((args, kwargs))
+        sources = [self.sources.get(_storage(t), other) for t in operands]
+        if lost := [t for t in operands if isinstance(t, nn.Parameter) and _storage(t) not in self.sources]:
+            todo = "keep it in no list or closure, but in nn.ParameterList, nn.ModuleList or a method"
+            raise ValueError(
+                f"a parameter {tuple(lost[0].shape)} takes part that the network has not registered; {todo}"
+            )
         names, inputs = frozenset().union(*(s[0] for s in sources)), sum(s[1] for s in sources)
         factors = [self.sources.get(_storage(t), other)[0] for t in args[name in _BIASED :][:2]]
         product = name in _PRODUCTS and all(factors)
@@ -142,7 +170,7 @@ class _Followed(TorchDispatchMode):
         affine &= all(t.is_floating_point() or t.is_complex() for t in results)  # a cast to integers rounds
         layers = self.layers.intersection(*({n.rpartition(".")[0] for n in some} for some in factors))
         if "_like" in name or name.startswith("new_"):
-            names = frozenset()  # only the shape is used
+            names, inputs = frozenset(), 0  # only the shape is used
         elif (inputs == 0 and names and not affine) or (inputs == 1 and product and layers):
             raise ValueError(
                 f"a weight is computed from {' and '.join(sorted(names))} by {name}, which is not affine: the sum of "
@@ -152,9 +180,7 @@ class _Followed(TorchDispatchMode):
             linear = inputs == 1 and (affine or product)
             names = frozenset(n for n in names if linear and n.rpartition(".")[0] in self.layers)
         for tensor in results:
-            self.sources.pop(_storage(tensor), None)
-            if names or not inputs:
-                self.sources[_storage(tensor)] = (names, inputs > 0, tensor)
+            self.sources[_storage(tensor)] = (names, inputs > 0, tensor if names or not inputs else None)
         return out
 
 
@@ -183,9 +209,10 @@ class WeightSum(nn.Module):
 
     Raises:
         ValueError: fewer than two networks, something that is no module; another number of coefficients or keys, or
-            some that don't fit; networks without parameters, with lazy ones, parametrizations or forward pre-hooks;
-            networks that differ in a shape, type, device, layer, in what is tied, or in a tensor that is neither a
-            parameter nor a batch-norm statistic. The tensor or module is named.
+            some that don't fit; networks without parameters, with lazy ones, parametrizations, forward hooks or
+            pre-hooks; networks that differ in a shape, type, device, layer, the layers' order, in what is tied, in the
+            code of a class, in an attribute that is a number, a text or a function (or holds some), or in a tensor
+            that is neither a parameter nor a batch-norm statistic. The tensor, module or attribute is named.
 
     >>> a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     >>> x = torch.ones(1, 2)
@@ -198,14 +225,15 @@ class WeightSum(nn.Module):
         networks = list(networks)
         if len(networks) < 2:
             raise ValueError(f"a sum takes two networks or more, got {len(networks)}")
-        _check_summable(networks)
+        check_summable(networks)
         self.networks = nn.ModuleList(networks)
         self.coefficients = [1.0] * len(networks) if coefficients is None else [*coefficients]
         weighted_sum([{} for _ in networks], self.coefficients)  # checks them
-        # Layers of other libraries may compute their weight. The first forward pass proves otherwise: then None.
+        # Layers of other libraries, and lists, may compute their weight. A forward pass proves otherwise, in each mode.
         layers = ((path, type(module).__module__) for path, module in networks[0].named_modules() if module._parameters)
-        self._unproven = [path for path, home in layers if not home.startswith(("torch.nn.", "weightsum_lib."))]
-        self._wide = ()
+        known = ("torch.nn.", "weightsum_lib.")
+        self._others = [path for path, of in layers if not of.startswith(known) or of.endswith(".container")]
+        self._proven, self._wide = set(), ()
         self.use_keys(keys)
 
     @torch.no_grad()
@@ -276,27 +304,29 @@ class WeightSum(nn.Module):
         Raises:
             ValueError: before the first forward pass, if a layer of another library has parameters of its own.
         """
-        if self._unproven:
-            todo = "call the sum on an example first, neither compiled nor under torch.func"
-            raise ValueError(f"'{self._unproven[0]}', a layer of another library, may compute its weight; {todo}")
+        if self._others and not self._proven:
+            todo = "call the sum on an example first, neither compiled nor under torch.func or inference_mode"
+            layer = self._others[0] or type(self.networks[0]).__name__
+            raise ValueError(f"'{layer}', a layer of another library, may compute its weight; {todo}")
         return self._weights(held)
 
-    def forward(self, x: Tensor, held: Sequence[int] = ()) -> Tensor:
+    def forward(self, *args, held: Sequence[int] = (), **kwargs):
         """The output of the network with the summed weights, e.g. images (N, C, H, W) to logits (N, classes).
 
-        No gradient goes to the parents ``held`` (by number). In evaluation mode with batch norm that has no
-        statistics yet there is a warning, once.
+        All arguments are the network's, but that no gradient goes to the parents ``held`` (by number). In evaluation
+        mode with batch norm that has no statistics yet there is a warning, once.
 
         Raises:
-            ValueError: in the first pass, if a weight is computed from parameters in other than affine steps.
+            ValueError: in the first pass of either mode, if a weight is computed from parameters in other than affine
+                steps, or a parameter takes part that is not registered.
         """
-        compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # can't be followed
-        follow = self._unproven is not None and not compiled
+        compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # can't be followed,
+        follow = self.training not in self._proven and not (compiled or torch.is_inference_mode_enabled())  # nor this
         weights = self._weights(held) if follow else self.weights(held)
-        with _Followed(weights, self.body, self._unproven) if follow else nullcontext():
-            out = functional_call(self.body, weights, (x,))
+        with _Followed(weights, self.body, self._others, (args, kwargs)) if follow else nullcontext():
+            out = functional_call(self.body, weights, args, kwargs)
         if follow:
-            self._unproven = None
+            self._proven.add(self.training)
         if not (self.training or self._warned or compiled):
             self._warned = True  # or there is nothing to warn of; looked at once, for the host has to wait
             if any(not m.running_mean.any() and (m.running_var == 1).all() for m in self._norms()):
@@ -367,10 +397,8 @@ def compare_layers(a: nn.Module, b: nn.Module) -> list[dict]:
     Raises:
         ValueError: a layer that one network lacks, or whose shape differs; it is named.
     """
-    layers = [
-        {name: m.weight.double() for name, m in network.named_modules() if isinstance(m, _ConvNd | nn.Linear)}
-        for network in (a, b)
-    ]
+    kinds = _ConvNd | nn.Linear
+    layers = [{n: m.weight.double() for n, m in net.named_modules() if isinstance(m, kinds)} for net in (a, b)]
     _check_alike(*({name: tuple(w.shape) for name, w in weights.items()} for weights in layers), 1)
     rows, last = [], [name.rpartition(".")[2] for name in layers[0]]
     for (name, weight), short in zip(layers[0].items(), last, strict=True):

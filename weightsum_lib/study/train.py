@@ -209,7 +209,7 @@ def step_losses(step: _Step, terms: Sequence[Callable] = ()) -> dict[str, Tensor
         by_support, by_main = step.on_the_others_images
         logits_sum, other = logits + by_support, (logits_support.detach() if held else logits_support) + by_main
     else:
-        logits_sum, other = total(x).float(), total(x_support, held).float() if m.symmetric else None
+        logits_sum, other = total(x).float(), total(x_support, held=held).float() if m.symmetric else None
     reading["logits_sum_support"] = other if m.symmetric else None
     losses = three_term_loss(logits, y, logits_support, y_support, logits_sum, **reading)
     return losses._asdict() | {"total": losses.total + sum(weight * term for term in further)}
@@ -273,9 +273,8 @@ def percent_right(network: nn.Module, images: Tensor, labels: Tensor, precision:
 
 def optimizer_of(config: RunConfig, parameters: Sequence[nn.Parameter], fused: bool = True) -> torch.optim.SGD:
     """SGD with Nesterov momentum 0.9."""
-    return torch.optim.SGD(
-        parameters, config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=fused
-    )
+    rate, decay = config.learning_rate, config.weight_decay
+    return torch.optim.SGD(parameters, rate, momentum=0.9, nesterov=True, weight_decay=decay, fused=fused)
 
 
 def update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
@@ -378,11 +377,9 @@ def _check_finite(config: RunConfig, epoch: int, losses: Tensor, state: Mapping[
     if broken:
         step = epoch * steps + min(sound, steps - 1)
         rate = _learning_rate(config, step / (config.trained_epochs * steps))
-        raise FloatingPointError(
-            f"{config.describe()}: {broken[0]} is not finite in epoch {epoch + 1}, step {step + 1} (learning rate "
-            f"there {rate:.3g}); lower learning_rate (now {config.learning_rate}) or raise third_ramp (now "
-            f"{config.third_ramp})"
-        )
+        where = f"in epoch {epoch + 1}, step {step + 1} (learning rate there {rate:.3g})"
+        mend = f"lower learning_rate (now {config.learning_rate}) or raise third_ramp (now {config.third_ramp})"
+        raise FloatingPointError(f"{config.describe()}: {broken[0]} is not finite {where}; {mend}")
 
 
 def _validate_sum(config: RunConfig, total: WeightSum, datasets: Mapping) -> dict[str, float]:
