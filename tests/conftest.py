@@ -9,6 +9,11 @@ from weightsum_lib.study import params
 from weightsum_lib.study.data import Dataset
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, beside which all others are tested."""
+    items.sort(key=lambda item: item.path.name != "test_run.py")
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)

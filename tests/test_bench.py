@@ -88,10 +88,11 @@ def test_a_measurement_is_written_for_the_report(tmp_path, monkeypatch):
     assert [row[:2] for row in saved["tables"]["devices"]["rows"]] == [[here, "float32"], ["a GPU", "bfloat16"]]
     assert saved["tables"]["devices"]["rows"][0][2] == f"{of_turns[1]:.2f}"
     # the report takes what was measured here, else what was published
+    here, elsewhere = (run.standing(tmp_path / folder / "quick") for folder in ("results", "elsewhere"))
     assert all(
-        p.exists() and p.parent == tmp_path / "results" for p in run.bench_files(tmp_path / "results" / "quick")[:2]
+        here[name] == tmp_path / "results" / name and here[name].exists() for name in ("bench.json", "bench.png")
     )
-    assert all(p.exists() and p.parent == run.PUBLISHED for p in run.bench_files(tmp_path / "elsewhere" / "quick"))
+    assert all(p.exists() and p.parent == run.PUBLISHED for p in elsewhere.values())
 
 
 def test_ratios_are_told_from_the_lowest_to_the_highest_setting():

@@ -205,7 +205,7 @@ def means_what_it_says_or_is_refused(read, changes, found):
     must_work(p)
 
 
-@many(30, 1500)
+@many(60, 1500)
 def test_a_parameter_file_means_what_it_says_or_is_refused_by_name(read, number):
     found = Counter()
     change = st.booleans().flatmap(lambda plausible: PLAUSIBLE if plausible else RUBBISH)  # as often as not

@@ -358,6 +358,9 @@ def test_bfloat16_only_where_the_processor_is_faster_with_it(monkeypatch):
     for has in (False, True):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {"avx512_bf16": True, "amx_bf16": has})
         assert pick_precision(cpu) == ("bfloat16" if has else "float32")
+    for name, faster in (("Intel Xeon", "float32"), ("AMD EPYC 9B45", "bfloat16")):  # without AMX
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {"avx512_bf16": True, "cpu_name": name})
+        assert pick_precision(cpu) == faster
     monkeypatch.delattr(torch.cpu, "get_capabilities")  # an older torch
     assert pick_precision(cpu) == "float32"
 
@@ -406,7 +409,6 @@ def test_nothing_is_trained_before_the_claims_are_committed_and_a_plan_trains_no
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "claims"]):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
     monkeypatch.setattr(params, "CLAIMS", claims)
-    monkeypatch.setattr(run, "_SAID", run._SAID | {"cwd": tmp_path})
     claims.write_text("{changed: {}}")
     with pytest.raises(run.RunError, match=r"claims.yaml has changes: .* committed before it is trained"):
         run.train(tiny, only_plan=False)

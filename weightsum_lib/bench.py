@@ -225,9 +225,7 @@ def measure(configs: Sequence[RunConfig], device: torch.device) -> tuple[pd.Data
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    about = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
-    names = [line.partition(": ")[2] for line in about if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+    return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
 
 
 def write(steps: pd.DataFrame, content: dict, folder: Path, earlier: dict | None = None) -> Path:
@@ -255,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = [replace(config, width=width, batch_size=size) for width in widths for size in (128, 512)]
     steps, content = measure(settings, device)
     folder = store.ROOT / params.read("quick").results_dir
-    path = write(steps, content, folder, store.read_json(run.bench_files(folder / "quick")[0]))
+    path = write(steps, content, folder, store.read_json(run.standing(folder / "quick")["bench.json"]))
     larger = scale.cluster(device.type)
     store.write_json(folder / "scale.json", larger)
     for name, table in (content["tables"] | larger["tables"]).items():

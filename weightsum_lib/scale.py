@@ -83,18 +83,8 @@ def cluster(device: str, jobs: int = 1000, queued: int = 10_000, **smaller) -> d
     one, (work, chain) = plan.queue(full)[0], chains(full)
     rate = runs.work(one) / full.hours(one)  # of an hour
     frames = {"ways": gained(jobs, **smaller), "full": on([2**i for i in range(7)], work / rate, chain / rate)}
-    values = {
-        "device": full.device_name(),
-        "precision": full.precision,
-        "run": one.describe(),
-        "jobs": jobs,
-        "queued": queued,
-        "memory": memory(queued),
-        "runs": len(full.with_parents(plan.queue(full))),
-        "work": work / 1e18,
-        "rate": rate / 3600e12,
-        "hours": work / rate,
-        "chain": chain / rate,
-        "most": work / chain,
-    }
+    values = {"device": full.device_name(), "precision": full.precision, "run": one.describe(), "jobs": jobs}
+    values |= {"queued": queued, "memory": memory(queued), "runs": len(full.with_parents(plan.queue(full)))}
+    values |= {"work": work / 1e18, "rate": rate / 3600e12}  # EFLOP, TFLOP/s
+    values |= {"hours": work / rate, "chain": chain / rate, "most": work / chain}
     return {"notebook": "scale", "values": values, "tables": {k: tables.as_json(f) for k, f in frames.items()}}

@@ -111,11 +111,9 @@ def load(
         tensors = _standin(name, *map(min, (train_images, test_images), _OFFICIAL[name]), Path(standin_dir))
         source, checksum, note = "stand-in", _content(tensors), f"synthetic, since {missing}"
     else:
-        raise DataError(
-            f"no {DATASETS[name]}: {missing}. Put a prepared {name}.safetensors (see the README, “Data”) into the "
-            f"folder DATA_DIR ({data_dir or 'none'}), or allow the synthetic stand-in with allow_standin: [{name}] in "
-            "the parameter file"
-        )
+        what = f"no {DATASETS[name]}: {missing}. Put a prepared {name}.safetensors (see the README, “Data”) into the"
+        how = f"or allow the synthetic stand-in with allow_standin: [{name}] in the parameter file"
+        raise DataError(f"{what} folder DATA_DIR ({data_dir or 'none'}), {how}")
     taken = _shuffled(tensors["train_labels"])[:train_images]
     val, train = taken.tensor_split([len(taken) // 10])
     if name == "svhn" and source == "real":

@@ -106,6 +106,11 @@ class Method:
         """The protocol, and the switches that are not at their default: what makes the method again."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) != f.default or f.name == "protocol"}
 
+    def in_words(self) -> list[str]:
+        """The protocol, and each of the :meth:`switches` but the number of seeds, as a reader is told."""
+        said = {k: f"{k} {v}" for k, v in self.switches().items() if k != "seeds"}
+        return [self.protocol, *(k if getattr(self, k) is True else v for k, v in said.items() if k != "protocol")]
+
 
 @dataclass(frozen=True)
 class Params:

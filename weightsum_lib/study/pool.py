@@ -163,9 +163,7 @@ def _client(address: str):
         else:
             client = Client(address)
     except (OSError, ValueError) as error:
-        raise ParamsError(
-            f"CLUSTER={address}: no scheduler answers ({error}); say tcp://host:8786 or local:4"
-        ) from error
+        raise ParamsError(f"CLUSTER={address}: no scheduler answers ({error}); say tcp://host:8786, local:4") from error
     report_progress(f"cluster {address}: its dashboard is {client.dashboard_link}; waiting for a worker")
     client.wait_for_workers(1)
     return client

@@ -117,6 +117,7 @@ class Study:
         self.data_dir = str(store.ROOT / params.data_dir) if params.data_dir else ""
         self.cluster = os.environ.get(pool.CLUSTER_VARIABLE, "")
         self._datasets: dict[str, data.Dataset] = {}
+        self._names: dict[RunConfig, str] = {}
         self._loaded: OrderedDict[str, Run] = OrderedDict()
         self._used: set[RunConfig] = set()
         self._measuring_seconds: dict[str, float] = {}
@@ -186,7 +187,9 @@ class Study:
 
     def folder(self, config: RunConfig) -> Path:
         """Where a run is kept, under the digest of its content."""
-        return self.results / "runs" / store.content_key(self.content(config))
+        if config not in self._names:
+            self._names[config] = store.content_key(self.content(config))
+        return self.results / "runs" / self._names[config]
 
     def run(self, config: RunConfig) -> Run:
         """The finished run: from the cache, or trained now (see :meth:`train_all`)."""
@@ -280,12 +283,9 @@ class Study:
             run = train.train(config, datasets, start=parents, checkpoint=checkpoint, on_epoch=on_epoch)
         tensors = {f"{r}/{k}": v for r, n in run.networks.items() for k, v in n.state_dict().items()}
         store.write_tensors(folder / "networks.safetensors", tensors, folder.name)
-        content = {
-            "config": asdict(config),
-            "data": {name: dataset.describe() for name, dataset in datasets.items()},
-            "history": run.history,
-            "made_with": {**_versions(), "commit": self.commit, "device": self.device_name()},
-        }
+        content = {"config": asdict(config), "history": run.history}
+        content["data"] = {name: dataset.describe() for name, dataset in datasets.items()}
+        content["made_with"] = _versions() | {"commit": self.commit, "device": self.device_name()}
         store.write_sealed(folder / "run.json", content)
         checkpoint.unlink(missing_ok=True)
 
@@ -356,16 +356,10 @@ class Study:
         histories = {f.name: store.read_sealed(f / "run.json")["history"] for f in map(self.folder, self._used)}
         knobs = self.params.as_dict()  # where this machine keeps its files is nobody's business
         folders = {k: os.path.basename(v) for k, v in knobs.items() if k.endswith("_dir") and os.path.isabs(v)}
-        return {
-            "params": knobs | folders,
-            "data": self.describe_data(),
-            "device": self.device_name(),
-            "precision": self.precision,
-            "versions": _versions(),
-            "commit": self.commit,
-            "training_seconds": {name: sum(row["seconds"] for row in rows) for name, rows in histories.items()},
-            "measuring_seconds": sum(self._measuring_seconds.values()),
-        }
+        made = {"params": knobs | folders, "data": self.describe_data(), "device": self.device_name()}
+        made |= {"precision": self.precision, "versions": _versions(), "commit": self.commit}
+        made["training_seconds"] = {name: sum(row["seconds"] for row in rows) for name, rows in histories.items()}
+        return made | {"measuring_seconds": sum(self._measuring_seconds.values())}
 
 
 def _versions() -> dict[str, str]:
@@ -404,10 +398,9 @@ def _refuse(wanted: dict, here: dict) -> None:
     """Raise RuntimeError where a worker would train or measure something else than it is asked for."""
     if other := [name for name in wanted if wanted[name] != here[name]]:
         told = "; ".join(f"{name}: {here[name]} instead of {wanted[name]}" for name in other)
-        raise RuntimeError(
-            f"the worker {platform.node()}, process {os.getpid()}, has other {', '.join(other)} than who asks it "
-            f"({told}); weightsum_lib was edited while it ran, or is another there: start it again with the same"
-        )
+        what = f"the worker {platform.node()}, process {os.getpid()}, has other {', '.join(other)} than who asks it"
+        why = "weightsum_lib was edited while it ran, or is another there: start it again with the same"
+        raise RuntimeError(f"{what} ({told}); {why}")
 
 
 def _train_run(

@@ -114,8 +114,7 @@ def keyed(study: Study, method: str, members: Sequence[Member], share: float | N
     """
     m = study.params.method(method)
     width = m.network_width / share if share and m.keys == "random" else m.sum_width
-    if m.keys == "disjoint":
-        width = max(width, len(members) * m.network_width)
+    width = max(width, len(members) * m.network_width) if m.keys == "disjoint" else width
     about = about if m.keys == "random" else {name: v for name, v in about.items() if name not in _OF_KEYS}
     tasks = tuple(member.task for member in members)
     return Sum(tuple(members), tasks, keys=m.keys, width=members[0].config.width * width, **about)
