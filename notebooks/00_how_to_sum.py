@@ -106,7 +106,7 @@ print(f"variance by adding the two networks' buffers:  {of_m + of_c:.2f}")
 
 # %% [markdown]
 # Batch norm also hides the *scale* of the layer before it. If ‖W_m‖ is much larger than ‖W_c‖, then W_m + W_c is nearly
-# W_m, and the sum "works" for an empty reason. The next pages therefore print the norm ratio of every layer.
+# W_m, and the sum "works" for an empty reason. The pages of tasks 1 and 2 therefore show the norm ratio of every layer.
 #
 # ## Why the posted `VGG16COMBO` can't work
 #
@@ -230,8 +230,8 @@ max((w - of_c[name]).abs().max().item() for name, w in difference.items())
 # ([OpenReview](https://openreview.net/forum?id=IHwx5ioIP2)): networks for some of the classes of one dataset, uniform
 # on the others' images and pruned, whose weights are added. New here: the networks need no pruning and no common
 # start, come from different datasets, and meet for the first time in the sum, under keys that each draws for itself.
-# And what is lost is told apart: loud answers, shared channels, batch-norm statistics. Both are measured on the same
-# networks [beside others](05_beside_others).
+# And what is lost is told apart: loud answers, shared channels, batch-norm statistics. Networks trained as in that work
+# and as in this study, on the same halves, are compared [beside others](05_beside_others).
 #
 # **Several skills in one set of weights.** *Superposition of many models into one*, Cheung et al. 2019
 # ([1902.05522](https://arxiv.org/abs/1902.05522)): a sum of keyed networks, from which a key retrieves one; of

@@ -11,17 +11,18 @@
 # %% [markdown]
 # # Task 3: MNIST + SVHN, two networks that never met
 #
-# θ_m comes from task 1 and θ_s from task 2. They were trained apart, each with a CIFAR-10 network of its own, from
-# streams of random numbers that share nothing. Their weights are added, with no training afterwards. Does surviving
-# *one* partner teach a network to survive *any* partner?
+# θ_m comes from task 1 and θ_s from task 2. They were trained apart, alone or (the rows `joint` and those under keys
+# but `keys alone`) each with a CIFAR-10 network of its own, from streams of random numbers that share nothing but, where
+# a row says so, the start. Their weights are added, with no training afterwards. Does surviving *one* partner teach a
+# network to survive *any* partner?
 #
 # Two rows are made for this. Under **disjoint keys** each task may use its own quarter of the channels of every
 # layer, by agreement: by construction that is two small networks side by side whose logits are added, so the row
 # measures how quiet each is on the other's images. Under **random keys** each network draws an eighth of the sum's
 # channels by itself, knowing nothing of the other, so that some of its channels are the partner's too; a layer of
 # fewer than 64 channels gets the room of one that has 64. What is agreed is the size of the sum, and the kind of
-# images to be quiet on. `keys alone` are small networks that were trained plainly, under the same keys. What each
-# part of the training adds, and denser and sparser keys, are on the [next page](04_what_transfers).
+# images to be quiet on. `keys alone` are small networks that were trained plainly, and added under keys drawn in the same
+# way. What each part of the training adds, and denser and sparser keys, are on the [next page](04_what_transfers).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -99,8 +100,8 @@ tables.shown(of_task[SECOND], f"On {tables.title(SECOND)}", MARKED)
 # doing? (The squared correlation of each channel with the same channel of θ_m alone, weighted by variance, behind the
 # batch norm.) What is missing is the partner's noise. Below: the accuracy that is lost, split in two. Between each
 # network and the ensemble it is lost because the other one answers *loudly* on images that are not its own; between
-# the ensemble and the sum, because the weights *interfere* and because a sum has statistics of its own (below 0: which
-# help).
+# the ensemble and the sum, because the weights *interfere* and because a sum has statistics of its own (below 0, in the
+# tables, since bars end there: which help).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Top: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method that the finding names. Bottom: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
 explained = pd.concat([measure.explained(study, m, FIRST, SECOND) for m in HEADLINE])
@@ -145,7 +146,7 @@ rescued = any(cell.mean >= 90 for cell in policies.xs(SECOND, level="tested").lo
 plots.policies(
     {f"the sum on {tables.title(n)} (%)": policies["after"].xs(n, level="tested") for n in (FIRST, SECOND)},
     list(measure.POLICIES),
-    "The sum under every batch-norm policy" if rescued else "No choice of statistics rescues a dense sum",
+    "The sum under every batch-norm policy" if rescued else "No choice of statistics rescues a dense sum of strangers",
 )
 
 # %% tags=["hide-input", "hide-output"]
@@ -158,8 +159,8 @@ tables.shown(policy_table)
 # The same two networks, trained apart (`independent`, or from a shared start where the row says so), merged by the
 # methods of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks
 # their `own`; of *random signs*, which are told which task a test image is from, `per_task`. Where a way has
-# coefficients, validation images choose. The last rows did meet: networks that were trained on both tasks. A profile
-# with `ceiling_seeds: 0`, as `quick`, has neither these nor what takes long: merging more finely than by a sum.
+# coefficients, validation images choose. *Random weights of the partner's norms* stand in for each network in turn, as a
+# control. The last rows did meet: networks that were trained on both tasks. A profile with `ceiling_seeds: 0`, as `quick`, has neither these nor what takes long: merging more finely than by a sum.
 
 # %% tags=["hide-input"]
 merged = [beside.mergers(study, FIRST, SECOND), measure.frame(study, measure.ceilings(study, FIRST, SECOND))]

@@ -78,13 +78,13 @@ Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data
 # ## How dense may keys be?
 #
 # MNIST + SVHN, never trained together and not trained after the sum. The networks are the same along a line: a key is a
-# property of the sum, so one pair gives the whole curve. Means over draws of the keys, then over seeds. *Kept* is the
-# accuracy of the sum over that of the network alone.
+# property of the sum, so one pair gives the whole curve. Means over draws of the keys (the recipe: all that the profile
+# has, the other lines at most three), then over seeds. *Kept* is the accuracy of the sum over that of the network alone.
 #
-# At the sparse end two keys hardly meet: two networks of 8 channels in 8,192 share one in one draw of 128. There the
-# sum of the weights *is* the ensemble of the logits, with the recipe or without, and all that is lost is lost to loud
-# answers on the other's images. At the dense end a network has to live with the other in its channels: there the
-# recipe shows.
+# At the sparse end two keys hardly meet (a table below has the expected number of shared channels). There the sum of
+# the weights is nearly the ensemble of the logits, with the recipe or without, and of networks that were trained
+# plainly most of what is lost is lost to loud answers on the other's images. At the dense end a network has to live
+# with the other in its channels: there the recipe shows.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum of two networks keeps, in percent, against the share k of the sum's channels that each network uses, one line for the recipe, for the recipe with equal room in all layers, with other batch-norm statistics, and for networks that were trained plainly. The table below holds the numbers."}}
 at_headline = " and ".join(f"{kept[recipe, HEADLINE, n].mean:.1f} % of {tables.title(n)}" for n in BOTH)
@@ -99,8 +99,8 @@ curve_tables[SECOND].style.hide(axis="index").set_caption(f"Kept of {tables.titl
 
 # %% [markdown]
 # The recipe alone: the accuracy that is left (its interval is over seeds; beside it the standard error of the test
-# images for one pair), what is kept of the ensemble of the logits (the rest is lost to loud answers), the worst draw
-# of all draws of all pairs, and how much the draws of one pair differ (standard deviation).
+# images for one pair), what is kept of the ensemble of the logits (the rest is lost to loud answers), what the worst
+# draw of all draws of all pairs keeps, and how much the draws of one pair differ in it (standard deviation).
 
 # %% tags=["hide-input"]
 recipe_table = tables.by_task(curves.loc[recipe], ["after", "sampling", "kept_of_ensemble", "worst", "spread"])
@@ -120,9 +120,10 @@ tables.shown(room_table)
 #
 # The sum at k = ⅛ with *equal* room in all layers, when keys are random in one layer and disjoint in all others. A
 # share of a layer's channels collides; how large it is varies from draw to draw with a variance of one over the
-# layer's room, and a network of 8 channels that loses 2 has lost much. Hence the rule, one number: a layer of fewer
-# than 64 channels gets the room of one that has 64, which makes the variance equal wherever it was larger. Validation
-# images, and seeds that no table of test images has (where the profile has `choice_seeds`).
+# layer's room, and a layer of 8 channels that loses 2 has lost much. Hence the rule, one number: a layer of fewer than
+# 64 channels gets the room of one that has 64, which makes the variance equal wherever it was larger. What the rule is
+# worth shows in the curve above (*equal room*); bars here whose intervals overlap decide nothing. Validation images,
+# and seeds that no table of test images has (where the profile has `choice_seeds`).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bars: points of accuracy that the sum loses against the ensemble when keys are random in one layer only, one group of bars a layer, for MNIST and SVHN."}}
 choosing = {"split": "val", "seeds": p.choice_seeds_of}
@@ -151,9 +152,9 @@ plots.by_draw(of_draws, f"{message}: rank correlation {correlation}" if p.draws 
 # %% [markdown]
 # ## What each part is worth
 #
-# Each row leaves one part out, or has more of one, and is summed as the recipe is, at k = ⅛ and at ¼, where it hurts.
-# All choices of the recipe were made in this way: on validation images, with seeds that no table of test images has
-# (where the profile has `choice_seeds`). Differences are paired by seed; where n is 1 they are a hint, no more.
+# Each row leaves one part out, or has more of one, and is summed as the recipe is, at k = ⅛ and at ¼, where it hurts:
+# on validation images, with seeds that no table of test images has (where the profile has `choice_seeds`). Differences
+# are paired by seed. One whose interval holds 0 is undecided, and where n is 1 it is a hint, no more.
 
 # %% tags=["hide-input"]
 compared = [RANDOM, ALONE, *p.parts_with("random")]
@@ -230,7 +231,8 @@ tables.shown(several_table)
 # θ_m + θ_s + a CIFAR-10 network under disjoint keys, where nothing collides. Which CIFAR-10 network? The support
 # network of the MNIST pair has met θ_m, that of the SVHN pair has met θ_s, one that was trained as the main network
 # beside inverted MNIST has met neither, and one whose support network learned MNIST and SVHN together has met neither
-# network but the images of both. What is lost here is lost to answers on images that nobody showed a network.
+# network but the images of both. Most is lost where the third network was never shown the images that are tested, a part
+# even where it was.
 
 # %% tags=["hide-input"]
 three_table = tables.by_task(of_three, ["before", "ensemble", "after", "kept"])
@@ -260,8 +262,8 @@ tables.shown(loud_table, marked=[DISJOINT])
 #
 # A network under a key is a small network, and quietness and strange partners take some of its capacity. Here is what
 # each does alone, before any sum, against a dense one of full width (that of `independent`) and one of its own size,
-# both trained alone for as many steps (own training task's statistics). What *counts* in the table of task 3 is the
-# last of these: the whole interval below one point.
+# both trained alone for as many steps (own training task's statistics), for the seeds that all of them have. What
+# *counts* in the table of task 3 is the last of these, on all seeds of the row: the whole interval below one point.
 
 # %% tags=["hide-input"]
 sums = tables.wide(measure.frame(study, measure.strangers(study, FIRST, SECOND)))

@@ -13,7 +13,7 @@
 #
 # The benchmark of *ZipIt!* (Stoica et al. 2024): a dataset is cut into its classes 0 to 4 and 5 to 9, two networks
 # are trained, each on its half alone, and made into one that has to tell all ten classes. Nobody says which half a
-# test image is from. Every way is tried on the same small networks, of the size that the keyed ones have: those
+# test image is from. All networks are of one size, that of the keyed ones; not every way is tried on each: those
 # *trained plainly* (`keys alone`), those that are `quiet alone` on the other half's images as in the nearest work
 # (Caso et al. 2026), also with nine tenths of their weights pruned from a shared start, those trained plainly from a
 # shared start, which task arithmetic and TIES ask for, and this study's, which are only added or run side by side.
@@ -72,7 +72,7 @@ plots.merged(
     OURS,
     {beside.PUBLISHED_NETWORK: beside.PUBLISHED},
     f"{tables.title(p.halves[0])}: the {SUM[0]} ({SUM[1]}) reads {after[(p.halves[0], *SUM)]} % of all ten classes; "
-    f"of the others {best[0]} ({best[1]}) reads most, {of_others[best]} %",
+    f"of the mergers of the literature {best[0]} ({best[1]}) reads most, {of_others[best]} %",
 )
 
 # %% [markdown]
@@ -83,9 +83,10 @@ plots.merged(
 # images choose.
 #
 # Sizes are fair where the *merged* networks are of one size: the last column counts the weights of the one network that
-# are not zero, as a multiple of one of the two. A zipped or averaged network has one network's (of a
-# pruned pair more, since their zeros don't coincide), a sum under keys or one
-# that is zipped in part has up to two, an ensemble two.
+# are not zero, as a multiple of one of the two. An averaged network has one network's, that of a pruned pair too,
+# since from a shared start the zeros coincide; where channels are matched, zipped or regressed (RegMean), its zeros
+# fill up. A zipped one has as many or fewer, since channels may come out empty; a sum under keys or one that is zipped
+# in part has up to two, an ensemble two: hold a sum against the best ensemble, whichever networks that is of.
 #
 # The grey marks are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width,
 # whose targets are the classes' names in CLIP's text space. Of the nearest work (Caso et al. 2026) there is no such

@@ -228,7 +228,7 @@ def test_the_price_is_what_a_twin_of_the_same_seed_can_do_more():
 def test_the_switches_of_a_row_are_those_that_are_not_at_their_default():
     method = Method(protocol="joint", keys="random", quiet=1.0, network_width=0.25, sum_width=4.0, seeds=1)
     assert tables.switch_table({"sparse": method}).values.tolist() == [
-        ["sparse", "protocol joint, quiet 1.0, keys random, network_width 0.25, sum_width 4.0"]
+        ["sparse", "joint, quiet 1.0, keys random, network_width 0.25, sum_width 4.0"]
     ]
 
 
@@ -320,7 +320,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
 
     provenance = {
         "params": {
-            "profile": "p", "arch": "vgg8", "width": 1.0, "train_images": 10, "epochs": 1, "epoch_images": 9,
+            "profile": "p", "arch": "vgg8", "width": 1.0, "train_images": 10, "test_images": 5, "epochs": 1, "epoch_images": 9,
             "seeds": 1, "rows": {"joint ce": {"protocol": "joint"}}, "parts": {},
         },
         "data": {
@@ -331,6 +331,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     }  # fmt: skip
     content = {"headline": [row("joint ce", 97.5), row("independent", 11.0)], "provenance": provenance}
     content["intervals"] = {"joint_ce.gap_mnist": Interval(0.05, 0.02, 0.08, 3)._asdict()}
+    content["values"] = {"joint_ce.after_cifar10": 9.1}
     with pytest.raises(RuntimeError, match=r"no front page without results.*make notebooks"):
         page.write_headline(tmp_path, tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -338,6 +339,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     page.write_headline(tmp_path, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "headline.json").read_text())
     made, notice = content["tables"], content["values"]["run_notice"]
+    assert "to be added (of CIFAR-10 itself the sum of task 1 then reads 9 %, by" in content["values"]["answer"]
     assert notice.startswith("Profile `p`: VGG8 at width 1.0") and notice.endswith("float32, with torch 2, commit abc.")
     assert made["headline"]["rows"][0] == ["Task 1: MNIST", "sum, joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
     assert made["answer"]["rows"] == [
@@ -543,7 +545,7 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     source.mkdir()
     for path in PUBLISHED.glob("[0-9]*"):
         (source / path.name).write_bytes(path.read_bytes())
-    files = [*source.iterdir(), *PUBLISHED.glob("bench.*")]
+    files = {path.name: path for path in [*source.iterdir(), *PUBLISHED.glob("bench.*"), *PUBLISHED.glob("literal.*")]}
     readme.write_text(f"before\n{page._BEGIN}old\n{page._END}after\n", encoding="utf-8")
     page.publish(files, source, tmp_path / "book" / "published", readme)
     text = readme.read_text(encoding="utf-8")
@@ -551,14 +553,14 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     assert page.readme_headline(PUBLISHED) in text
     assert (tmp_path / "book" / "published" / "params.yaml").exists()
     made = json.loads((tmp_path / "book" / "published" / "headline.json").read_text(encoding="utf-8"))["tables"]
-    (line,) = made["profiles"]["rows"]  # one profile was run there: this one; a network that several use counts once
     of = [json.loads(path.read_text(encoding="utf-8"))["provenance"] for path in source.glob("*.json")]
     runs = dict(each for provenance in of for each in provenance["training_seconds"].items())
     measuring = sum(provenance["measuring_seconds"] for provenance in of)
-    assert line[2:] == [str(len(runs)), f"{sum(runs.values()) / 60:.1f}", f"{measuring / 60:.1f}"]
-    page.write_headline(tmp_path / "book" / "published", tmp_path / "again")  # and the stored run keeps it
+    values = json.loads((tmp_path / "book" / "published" / "headline.json").read_text(encoding="utf-8"))["values"]
+    times = f"{len(runs)} networks took {sum(runs.values()) / 60:,.1f} minutes of one core to train"  # each once
+    assert values["times"] == f"{times}, what is measured {measuring / 60:,.1f}"
+    page.write_headline(tmp_path / "book" / "published", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "headline.json").read_text(encoding="utf-8"))["tables"]
-    assert again["profiles"] == made["profiles"]
     assert again["answer"] == made["answer"] and again["data"] == made["data"]
 
 

@@ -77,10 +77,9 @@ def house(tmp_path_factory):
     for name in ("book", "notebooks", "weightsum_lib", "params"):
         ignore = shutil.ignore_patterns("_build", "published", "__pycache__", "*.ipynb", ".*")
         shutil.copytree(ROOT / name, path / name, ignore=ignore)
-    for name in ("bench.json", "bench.png", "scale.json"):  # the pages on speed and size need them
-        published = ROOT / "book" / "published" / name
-        (path / "book" / "published").mkdir(exist_ok=True)
-        shutil.copyfile(published, path / "book" / "published" / published.name)
+    (path / "book" / "published").mkdir()
+    for name in run.standing(top):  # the pages on speed, size and the literal network need them
+        shutil.copyfile(ROOT / "book" / "published" / name, path / "book" / "published" / name)
     foreign = top / "foreign" / "kernels" / "python3"
     foreign.mkdir(parents=True)
     spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "foreign", "language": "python"}
@@ -103,12 +102,16 @@ def test_the_study_runs_from_nothing_to_a_report(house):
     finding = result["values"]["finding"]
     words = re.sub(r"<[^>]+>|`", "", (house.html / "index.html").read_text(encoding="utf-8"))
     assert finding.replace("`", "")[:60] in re.sub(r"\s+", " ", words)
+    # the published page of the literal network, under a heading of its own, says what that was made with
+    literal = re.sub(r"<[^>]+>", "", (house.html / "notebooks" / "literal.html").read_text(encoding="utf-8"))
+    assert "The network of the question: VGG16" in literal and "Profile literal: VGG16 at width 1.0" in literal
+    assert "This notebook compares two networks that never met" not in literal
 
 
 def test_progress_goes_to_the_terminal_and_not_into_the_notebooks(house):
     lines = [line for line in house.first.stderr.splitlines() if re.search(r"01_mnist_cifar10: run \d", line)]
-    # two epochs of two networks alone in three rows, three fine-tunings of one, and five pairs
-    assert len(lines) == 3 * 2 * 2 + 3 + 5 * 2 and all("min left" in line for line in lines)
+    # two epochs of two networks alone in three rows, three fine-tunings of one, and three pairs
+    assert len(lines) == 3 * 2 * 2 + 3 + 3 * 2 and all("min left" in line for line in lines)
     for name in NOTEBOOKS[1:]:
         texts = [o for c in house.notebook(name).cells for o in c.get("outputs", []) if o.output_type == "stream"]
         assert texts == []
@@ -324,7 +327,29 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
     assert run.main(["publish", *SMOKE, "--seeds", "2"]) == 2
     assert "not of this code and these parameters" in capsys.readouterr().err
     # nothing but what the house began with
-    assert {f.name for f in (house.path / "book" / "published").iterdir()} == {"bench.json", "bench.png", "scale.json"}
+    assert {f.name for f in (house.path / "book" / "published").iterdir()} == {*run.standing(house.path)}
+
+
+def test_the_literal_network_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch):
+    kept = shutil.copytree(ROOT / "book" / "published", tmp_path / "published")
+    before = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
+    monkeypatch.setattr(run, "PUBLISHED", kept)
+    monkeypatch.setattr(run, "_is_fresh", lambda *_: True)
+    folder = tmp_path / "results" / "literal"
+    literal = ["literal.json", "literal.ipynb"]
+    assert all(run.standing(folder)[name] == kept / name for name in literal)
+    content = store.read_json(kept / "01_mnist_cifar10.json") | {"claims": store.file_sha256(params.CLAIMS)}
+    content["provenance"]["commit"], content["provenance"]["params"]["arch"] = "abc123", "vgg16"
+    store.write_json(folder / "01_mnist_cifar10.ipynb", {"cells": []})
+    assert run.standing(folder)["literal.ipynb"] == kept / "literal.ipynb"  # without results it failed
+    store.write_json(folder / "01_mnist_cifar10.json", content)
+    assert all(run.standing(folder)[name].parent == folder for name in literal)
+    run.publish(params.read("literal", {"results_dir": str(folder.parent)}), folder)
+    after = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
+    assert {name for name in after if after[name] != before[name]} <= {*literal, "headline.json", "headline.png"}
+    assert after["literal.json"] == (folder / "01_mnist_cifar10.json").read_bytes()
+    values = store.read_json(kept / "headline.json")["values"]
+    assert "VGG16" in values.pop("literal_notice") and "VGG16" not in values["run_notice"]
 
 
 def test_an_edit_of_the_ipynb_alone_is_neither_run_over_nor_lost(house):

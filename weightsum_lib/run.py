@@ -29,9 +29,10 @@ class RunError(RuntimeError):
     """The study can't go on; the message says why and what to do."""
 
 
-def notebook_names() -> list[str]:
-    """The notebooks in reading order."""
-    return sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.py"))
+def notebook_names(p: Params | None = None) -> list[str]:
+    """The notebooks in reading order: all, or those that a profile has."""
+    names = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.py"))
+    return [name for name in names if not (p and p.only_task) or int(name[:2]) == p.only_task]
 
 
 def check(p: Params) -> None:
@@ -200,10 +201,9 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
     Raises:
         RunError: there is no such notebook, or one has edits that its .py lacks.
     """
-    known = [name for name in notebook_names() if p.only_task in (0, int(name[:2]))]
-    names = [name for name in known if name.startswith(begins)]
+    names = [name for name in notebook_names(p) if name.startswith(begins)]
     if not names:
-        raise RunError(f"no notebook begins with '{begins}'; there are {', '.join(known)}")
+        raise RunError(f"no notebook begins with '{begins}'; there are {', '.join(notebook_names(p))}")
     for older, younger in _differing(names):
         if younger.suffix == ".ipynb":
             what = f"{younger} has other cells than its .py, which is what runs"
@@ -230,30 +230,28 @@ def train(p: Params, only_plan: bool) -> None:
     study = runs.Study(p)
     queue = plan.queue(study)
     missing, hours = [config for config in queue if study.is_missing(config)], 0.0
+    git = ["git", "-C", params.CLAIMS.parent, "status", "--porcelain", params.CLAIMS]
     if only_plan:
         for number, config in enumerate(missing, start=1):
             hours += study.hours(config)
             print(f"{number:4d}  {hours:6.2f} h  {config.describe()}", flush=True)
         said = f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} hours, one after another"
         print(f"{said}; {study.at_once()} at once on {study.device_name()}")
-    elif subprocess.run(["git", "status", "--porcelain", str(params.CLAIMS)], **_SAID).stdout.strip():
+    elif subprocess.run(git, capture_output=True).stdout:
         raise RunError("params/claims.yaml has changes: what a run is held to is committed before it is trained")
     else:
         study.train_all(queue)
 
 
-_SAID = {"capture_output": True, "text": True, "cwd": ROOT}
-
-
 def publish(p: Params, folder: Path) -> None:
-    """Keep a profile's finished run as ``book/published`` and update the README from it.
+    """Keep a profile's finished run as ``book/published`` and update the README from it; of `literal` the page.
 
     Raises:
         RunError: the run is not whole, not of the present code and parameters, or not of one clean commit.
     """
     from weightsum_lib.report import page
 
-    if stale := [name for name in notebook_names() if not _is_fresh(name, p, folder)]:
+    if stale := [name for name in notebook_names(p) if not _is_fresh(name, p, folder)]:
         why = "failed, or is not of this code and these parameters; run it again"
         raise RunError(f"{', '.join(stale)} in {folder} {why}")
     results = [store.read_json(path) for path in _all_made(folder) if path.suffix == ".json"]
@@ -262,8 +260,16 @@ def publish(p: Params, folder: Path) -> None:
     commits = {result["provenance"]["commit"] for result in results}
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
-    page.publish([*_all_made(folder), *bench_files(folder)], folder, PUBLISHED, ROOT / "README.md")
-    _keep_networks(p)
+    if p.only_task:
+        for name, path in standing(folder).items():
+            if path.parent == folder:
+                shutil.copyfile(path, PUBLISHED / name)
+        page.write_headline(PUBLISHED, PUBLISHED)
+        page.write_readme(PUBLISHED, ROOT / "README.md")
+    else:
+        files = {path.name: path for path in _all_made(folder)} | standing(folder)
+        page.publish(files, folder, PUBLISHED, ROOT / "README.md")
+        _keep_networks(p)
     print(f"published: {PUBLISHED}, README.md")
 
 
@@ -286,14 +292,19 @@ def _all_made(folder: Path) -> list[Path]:
     return [path for name in notebook_names() for path in _made(name, folder)]
 
 
-def bench_files(folder: Path) -> list[Path]:
-    """What ``make bench`` measured, its numbers and its figure: here if it has been run, else in the published run.
+def standing(folder: Path) -> dict[str, Path]:
+    """What every report shows, whatever its profile, by its name there: made here, else as it was published.
+
+    That is what ``make bench`` measured, and the page of the profile `literal`.
 
     Args:
-        folder: a profile's results, beside which ``make bench`` writes its own.
+        folder: a profile's results, beside which those of the others lie.
     """
-    here = [folder.parent / name for name in ("bench.json", "bench.png", "scale.json")]
-    return [path if path.exists() else PUBLISHED / path.name for path in here]
+    here = {name: folder.parent / name for name in ("bench.json", "bench.png", "scale.json")}
+    literal = folder.parent / "literal" / "01_mnist_cifar10.json"  # of a run that failed there is none
+    pages = {f"literal{suffix}": literal.with_suffix(suffix) for suffix in (".json", ".ipynb")}
+    here |= pages if literal.exists() else dict.fromkeys(pages, literal)
+    return {name: path if path.exists() else PUBLISHED / name for name, path in here.items()}
 
 
 def build_book(folder: Path) -> Path:
@@ -316,22 +327,21 @@ def build_book(folder: Path) -> Path:
     build, first = BOOK / "_build", BOOK / "_build" / "html" / "index.html"
     source, stamp_file, log = build / "source", build / "stamp.json", build / "build.log"
     with store.alone(build / "build.lock"):
-        used = [*_all_made(folder), *bench_files(folder)]
+        used = {path.name: path for path in _all_made(folder)} | standing(folder)
         pages = [path for path in BOOK.rglob("*") if not _NO_PAGES & set(path.relative_to(BOOK).parts)]
-        others = [path for profile in folder.parent.iterdir() for path in _all_made(profile)]  # the table of times
-        others += [folder / "headline.json", *store.PACKAGE.rglob("*.py")]
-        stamp = {"of": str(folder), "files": _digests(*pages, *used, *others)}
+        stamp = {"of": str(folder), "files": _digests(*pages, *used.values(), *store.PACKAGE.rglob("*.py"))}
         if first.exists() and store.read_json(stamp_file) == stamp:
             print("book: up to date")
             return first
         from weightsum_lib.report import page  # draws: too slow to load where there is nothing to do
 
         shutil.rmtree(source, ignore_errors=True)
-        shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns(*_NO_PAGES))
-        for path in used:
+        shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns(*_NO_PAGES, "literal.md"))
+        for name, path in used.items():
             to = source / ("notebooks" if path.suffix == ".ipynb" else "results")
             to.mkdir(exist_ok=True)
-            shutil.copyfile(path, to / path.name)
+            shutil.copyfile(path, to / name)
+        page.open_with(source / "notebooks" / "literal.ipynb", BOOK / "literal.md")
         page.write_headline(folder, source / "results")
         stamp_file.unlink(missing_ok=True)
         shutil.rmtree(first.parent, ignore_errors=True)
@@ -367,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
             # not every shell expands DATA_DIR=~/…
             knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": given.seeds}
             p = params.read(given.profile, {name: value for name, value in knobs.items() if value != ""})
-            if p.only_task and given.step not in ("plan", "train", "notebooks"):
+            if p.only_task and given.step not in ("plan", "train", "notebooks", "publish" * (p.profile == "literal")):
                 raise ParamsError(f"'{p.profile}' is one page and no report: make notebooks PROFILE={p.profile}")
             folder = Path(p.results_dir) / p.profile
         if given.step in ("plan", "train"):

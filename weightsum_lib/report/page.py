@@ -1,7 +1,7 @@
 """The front page's tables, figure and provenance, from the results of all notebooks; and the published run."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -42,10 +42,8 @@ def write_headline(folder: Path, target: Path) -> None:
     found = _results(folder)
     rows = pd.DataFrame([row for content in found.values() for row in content["headline"]])
     if rows.empty:
-        raise RuntimeError(
-            f"no front page without results: {folder} has no row for it from {', '.join(_NOTEBOOKS)}; see why they "
-            f"failed in {folder}/<notebook>.ipynb, and run them again: make notebooks PROFILE={folder.name}"
-        )
+        why = f"no front page without results; {folder}/<notebook>.ipynb say why they failed"
+        raise RuntimeError(f"{why}. Run them again: make notebooks PROFILE={folder.name}")
     for column in ("before", "after", "gap", "other"):
         rows[column] = [Interval(**cell) for cell in rows[column]]
     rows["verdict"] = rows.apply(verdict_of, axis=1)
@@ -57,28 +55,40 @@ def write_headline(folder: Path, target: Path) -> None:
     keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
     plots.use_style()
     target.mkdir(parents=True, exist_ok=True)
-    message = f"99 % of either skill is kept by: {'; '.join(keep[keep].index) or 'none of these'}"
+    message = f"By the means 99 % of both skills is kept by: {'; '.join(keep[keep].index) or 'none of these'}"
     plots.save(plots.before_after(kinds, message), target / "headline.png")
-    last = list(found.values())[-1]["provenance"]
-    p = last["params"]
-    data = {name: of for content in found.values() for name, of in content["provenance"]["data"].items()}
-    run_notice = (
-        f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
-        f"each set, {p['epochs']} epochs of {p['epoch_images']:,} images, seeds of a row: up to "
-        f"{p['seeds']}, on {last['device']} in {last['precision']}, with "
-        f"{', '.join(f'{name} {version}' for name, version in last['versions'].items())}, commit {last['commit']}."
+    made = [content["provenance"] for content in found.values()]
+    last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
+    minutes = [f"{sum(of) / 60:,.1f}" for of in (runs.values(), (of["measuring_seconds"] for of in made))]
+    data = {name: about for of in made for name, about in of["data"].items()}
+    tables = {"answer": _answer(kinds), "claims": _claims(found), "data": _data(data)}
+    tables["headline"] = table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"])
+    values = {"data_notice": data_notice(data), "run_notice": _run_notice(last), "answer": answer(rows, found)}
+    values["times"] = (
+        f"{len(runs)} networks took {minutes[0]} minutes of one core to train, what is measured {minutes[1]}"
     )
-    tables = {
-        "answer": _answer(kinds),
-        "claims": _claims(found),
-        "headline": table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"]),
-        "data": _data(data),
-        "profiles": _profiles(folder),
-    }
-    content = {"notebook": "headline", "profile": p["profile"], "provenance": last}
-    content["values"] = {"data_notice": data_notice(data), "run_notice": run_notice, "answer": answer(rows)}
+    if literal := store.read_json(target / "literal.json"):
+        values["literal_notice"] = _run_notice(literal["provenance"])
+    content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)
+
+
+def _run_notice(run: Mapping) -> str:
+    """What a run was made with, from its provenance."""
+    p, versions = run["params"], ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return (
+        f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
+        f"each set, {p['epochs']} epochs of {p['epoch_images']:,}, tested on up to {p['test_images']:,}; up to "
+        f"{p['seeds']} seeds a row; on {run['device']} in {run['precision']}, with {versions}, commit {run['commit']}."
+    )
+
+
+def open_with(notebook: Path, opening: Path) -> None:
+    """Put a text in the place of an executed notebook's first cell."""
+    content = store.read_json(notebook)
+    content["cells"][0]["source"] = opening.read_text(encoding="utf-8")
+    store.write_json(notebook, content)
 
 
 def _answer(kinds: pd.DataFrame) -> pd.DataFrame:
@@ -114,26 +124,11 @@ def _data(data: Mapping[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["Dataset", "Source", "Training", "Validation", "Test", "SHA-256 of the file"])
 
 
-def _profiles(folder: Path) -> pd.DataFrame:
-    """What each profile took that was run beside this one; a published run keeps its own table."""
-    if kept := store.read_json(folder / "headline.json"):
-        return pd.DataFrame(kept["tables"]["profiles"]["rows"], columns=kept["tables"]["profiles"]["columns"])
-    rows = []
-    for found in map(_results, sorted(folder.parent.iterdir())):
-        if len(found) == len(_NOTEBOOKS):
-            each = [content["provenance"] for content in found.values()]
-            runs = {run: seconds for of in each for run, seconds in of["training_seconds"].items()}  # each once
-            minutes = [f"{sum(of) / 60:.1f}" for of in (runs.values(), (of["measuring_seconds"] for of in each))]
-            rows.append([each[-1]["params"]["profile"], each[-1]["device"], str(len(runs)), *minutes])
-    columns = ["Profile", "Device", "Networks", "Training (minutes)", "Evaluation (minutes)"]
-    return pd.DataFrame(rows, columns=columns)
-
-
-def publish(files: Sequence[Path], folder: Path, target: Path, readme: Path) -> None:
+def publish(files: Mapping[str, Path], folder: Path, target: Path, readme: Path) -> None:
     """Keep a finished run as the published one, and bring the README's headline up to date.
 
     Args:
-        files: what to keep: executed notebooks, their results, the measured speed.
+        files: what to keep, by name: executed notebooks, their results, the measured speed.
         folder: the profile's results.
         target: ``book/published``; what was there is replaced.
         readme: the README.
@@ -141,16 +136,21 @@ def publish(files: Sequence[Path], folder: Path, target: Path, readme: Path) -> 
     aside = target.with_name(f".{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    for path in files:
-        shutil.copyfile(path, aside / path.name)
+    for name, path in files.items():
+        shutil.copyfile(path, aside / name)
     write_headline(folder, aside)
     params = store.read_json(aside / "headline.json")["provenance"]["params"]
     text = "# The parameters of this run, overrides included.\n" + yaml.safe_dump(params, sort_keys=False)
     (aside / "params.yaml").write_text(text, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
+    write_readme(target, readme)
+
+
+def write_readme(published: Path, readme: Path) -> None:
+    """Bring the README's headline up to date with a published run."""
     head, _, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)
-    readme.write_text(head + _BEGIN + readme_headline(target) + rest[rest.index(_END) :], encoding="utf-8")
+    readme.write_text(head + _BEGIN + readme_headline(published) + rest[rest.index(_END) :], encoding="utf-8")
 
 
 _BEGIN, _END = "<!-- headline: from book/published -->\n", "<!-- /headline -->\n"

@@ -40,8 +40,8 @@ HEADINGS = {  # of levels and columns; what is not here is written as it is call
     "confidence": "The other network's confidence (%)",
     "gap_full": "Below full width (points)",
     "gap_size": "Below its size (points)",
-    "worst": "Worst draw (%)",
-    "spread": "Spread of draws (points)",
+    "worst": "Kept in the worst draw (%)",
+    "spread": "Spread of kept over draws (points)",
     "sampling": "Standard error of the test set (points)",
     "difference": "Kept, difference to the first row (points)",
 }
@@ -276,11 +276,8 @@ def layer_table(layers: pd.DataFrame) -> pd.DataFrame:
 
 def switch_table(methods: Mapping[str, Method]) -> pd.DataFrame:
     """The switches of some rows that are not at their default, in words."""
-    shown = {
-        label: ", ".join(k if v is True else f"{k} {v}" for k, v in method.switches().items() if k != "seeds")
-        for label, method in methods.items()
-    }
-    return pd.DataFrame(shown.items(), columns=["Method", "Switches"])
+    shown = [(label, ", ".join(method.in_words())) for label, method in methods.items()]
+    return pd.DataFrame(shown, columns=["Method", "Switches"])
 
 
 def data_notice(described: Mapping[str, dict]) -> str:
@@ -351,16 +348,11 @@ def save(
         rows: wide rows that intervals come from, with every seed and draw, so that anyone can check them.
     """
     profile, intervals = study.params.profile, intervals or {}
-    content = {
-        "notebook": notebook,
-        "profile": profile,
-        "values": {key: found.mean for key, found in intervals.items()} | values,
-        "headline": list(headline),
-        "intervals": {key: found._asdict() for key, found in intervals.items()},
-        "tables": {name: as_json(frame) for name, frame in tables.items()},
-        "provenance": study.provenance(),
-        "claims": store.file_sha256(CLAIMS),  # that the run is held to
-    }
+    content = {"notebook": notebook, "profile": profile, "headline": list(headline), "provenance": study.provenance()}
+    content["claims"] = store.file_sha256(CLAIMS)  # that the run is held to
+    content["values"] = {key: found.mean for key, found in intervals.items()} | values
+    content["intervals"] = {key: found._asdict() for key, found in intervals.items()}
+    content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     if rows is not None:
         shown = rows[["before", "after", "ensemble"]].round(3).reset_index()
         content["rows"] = json.loads(shown.to_json(orient="split", index=False))
