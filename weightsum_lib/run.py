@@ -132,6 +132,7 @@ def _run(name: str, p: Params, target: Path) -> str:
     notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     values = p.as_dict() if _PARAMETERS in _source(name) else {}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each knob that isn't in the parameters cell
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it shows how a kernel ended that was told to end
     # no word of the kernel's own, an interrupt at its end; its standard error stays ours, for lines of progress
     quiet = ["--log-level=CRITICAL", "--IPKernelApp.capture_fd_output=False"]
     options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}

@@ -230,9 +230,8 @@ class WeightSum(nn.Module):
         self.coefficients = [1.0] * len(networks) if coefficients is None else [*coefficients]
         weighted_sum([{} for _ in networks], self.coefficients)  # checks them
         # Layers of other libraries, and lists, may compute their weight. A forward pass proves otherwise, in each mode.
-        layers = ((path, type(module).__module__) for path, module in networks[0].named_modules() if module._parameters)
-        known = ("torch.nn.", "weightsum_lib.")
-        self._others = [path for path, of in layers if not of.startswith(known) or of.endswith(".container")]
+        homes = ((path, type(module).__module__) for path, module in networks[0].named_modules() if module._parameters)
+        self._others = [p for p, of in homes if not of.startswith(("torch.nn.", "weightsum_lib.")) or "container" in of]
         self._proven, self._wide = set(), ()
         self.use_keys(keys)
 
