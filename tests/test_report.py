@@ -558,7 +558,7 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     measuring = sum(provenance["measuring_seconds"] for provenance in of)
     values = json.loads((tmp_path / "book" / "published" / "headline.json").read_text(encoding="utf-8"))["values"]
     times = f"{len(runs)} networks took {sum(runs.values()) / 60:,.1f} minutes of one core to train"  # each once
-    assert values["times"] == f"{times}, what is measured {measuring / 60:,.1f}"
+    assert values["times"] == f"{times} and {measuring / 60:,.1f} to test"
     page.write_headline(tmp_path / "book" / "published", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "headline.json").read_text(encoding="utf-8"))["tables"]
     assert again["answer"] == made["answer"] and again["data"] == made["data"]

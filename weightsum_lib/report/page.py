@@ -64,9 +64,7 @@ def write_headline(folder: Path, target: Path) -> None:
     tables = {"answer": _answer(kinds), "claims": _claims(found), "data": _data(data)}
     tables["headline"] = table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"])
     values = {"data_notice": data_notice(data), "run_notice": _run_notice(last), "answer": answer(rows, found)}
-    values["times"] = (
-        f"{len(runs)} networks took {minutes[0]} minutes of one core to train, what is measured {minutes[1]}"
-    )
+    values["times"] = f"{len(runs)} networks took {minutes[0]} minutes of one core to train and {minutes[1]} to test"
     if literal := store.read_json(target / "literal.json"):
         values["literal_notice"] = _run_notice(literal["provenance"])
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
