@@ -20,6 +20,7 @@ import pytest
 from nbclient import NotebookClient
 
 from weightsum_lib import run
+from weightsum_lib.report.page import readme_headline
 from weightsum_lib.study import params, store
 
 ROOT = Path(__file__).parent.parent
@@ -333,6 +334,8 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
 def test_the_literal_network_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch):
     kept = shutil.copytree(ROOT / "book" / "published", tmp_path / "published")
     before = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
+    shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "PUBLISHED", kept)
     monkeypatch.setattr(run, "_is_fresh", lambda *_: True)
     folder = tmp_path / "results" / "literal"
@@ -348,6 +351,7 @@ def test_the_literal_network_is_published_alone_and_shown_from_where_it_was_made
     after = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
     assert {name for name in after if after[name] != before[name]} <= {*literal, "headline.json", "headline.png"}
     assert after["literal.json"] == (folder / "01_mnist_cifar10.json").read_bytes()
+    assert readme_headline(kept) in (tmp_path / "README.md").read_text(encoding="utf-8")
     values = store.read_json(kept / "headline.json")["values"]
     assert "VGG16" in values.pop("literal_notice") and "VGG16" not in values["run_notice"]
 

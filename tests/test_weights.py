@@ -704,7 +704,7 @@ def test_keys_that_do_not_fit_are_refused():
         (keys * 2, "2 networks need as many keys, got 4"),
         ([keys[0], wider[1]], "for one wide network"),
         ([keys[0], others[0]], "for one wide network"),
-        (others, "'0.weight' is in the keys' network only"),
+        (others, "'0.bias' is in the network or in the channels only"),
         (taller, r"'features.conv1_1.weight' is \(4, 3, 3, 3\).*8 channels"),
     ):
         total = WeightSum(networks, keys=keys)
@@ -719,7 +719,7 @@ def test_keys_of_a_deeper_network_are_refused():
     """Every tensor of the shallow one is in the deep one too, with the same shape, but not with the same neighbours."""
     make = lambda *more: nn.Sequential(nn.Linear(3, 4), nn.ReLU(), *more, nn.Linear(4, 4))  # noqa: E731
     deep = hidden_channels(nn.Sequential(*make(), nn.ReLU(), nn.Linear(4, 2)), torch.zeros(2, 3))
-    with pytest.raises(ValueError, match=r"'4.weight' is in the keys' network only"):
+    with pytest.raises(ValueError, match=r"'4.bias' is in the network or in the channels only"):
         WeightSum([make(), make()], keys=[deal(deep, 2, 0), deal(deep, 2, 1)])
 
 

@@ -225,7 +225,9 @@ def measure(configs: Sequence[RunConfig], device: torch.device) -> tuple[pd.Data
 def _name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.cpu.get_capabilities().get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads"
+    about = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    names = [line.partition(": ")[2] for line in about if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
 
 
 def write(steps: pd.DataFrame, content: dict, folder: Path, earlier: dict | None = None) -> Path:

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weightsum_lib.core.keys import Key, embed, tensors_in, tensors_of, with_tensors
+from weightsum_lib.core.keys import Key, check_channels, embed, tensors_in, tensors_of, with_tensors
 
 # Operations that are affine in all their tensors together, and those in each of two factors (after a bias, some).
 _AFFINE = (
@@ -70,9 +70,7 @@ def _check_alike(first: Mapping[str, object], other: Mapping[str, object], numbe
         here, there = first.get(name, "missing"), other.get(name, "missing")
         if here != there:
             what = f"'{name}' is {here} in network 0 and {there} in network {number}"
-            raise ValueError(
-                f"{what}; a sum of weights needs one architecture, width, type and device, and equal settings"
-            )
+            raise ValueError(f"{what}; a sum of weights needs one architecture, width, type and device, equal settings")
 
 
 def _tensors(network: nn.Module) -> dict[str, tuple[str, Tensor]]:
@@ -257,10 +255,9 @@ class WeightSum(nn.Module):
         if wide != self._wide:  # else only the places change: a training step builds nothing
             tensors = tensors_of(network)
             if wide:
+                check_channels(network, keys[0].channels)
                 roles = {name: role for name, (role, _) in _tensors(network).items()}
                 for name, axes in wide[0].items():
-                    if name not in roles:
-                        raise ValueError(f"'{name}' is in the keys' network only; take keys of this network")
                     if axes and roles[name] == "constant":
                         raise ValueError(f"'{name}' can't be shared under keys: it runs over hidden channels")
                 tensors = embed(tensors, keys[0])
