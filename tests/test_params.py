@@ -14,7 +14,7 @@ from weightsum_lib.run import NOTEBOOKS, notebook_names
 from weightsum_lib.study import params
 from weightsum_lib.study.params import DISJOINT, RANDOM, SHARED, TRAINED, Method, ParamsError
 
-PROFILES = ["smoke", "quick", "evening", "literal", "day", "full"]
+PROFILES = ["smoke", "quick", "evening", "literal", "residual", "day", "full"]
 KEYED = {"protocol": "joint", "third": "ce", "network_width": 0.25}
 ROWS = {"independent": None, "joint ce": None, "random keys": None, "disjoint keys": None, "keys alone": None}
 
@@ -203,7 +203,7 @@ def test_a_row_is_held_against_networks_of_its_own_size():
         ({"halves": ["cifar10 vgg"]}, r"'halves' names 'cifar10 vgg'; did you mean 'cifar10'"),
         ({"halves": []}, r"wants something to halve \('halves'\)"),
         ({"merged": {"disjoint keys": None}}, r"wants 'keys alone' in 'merged'"),
-        ({"only_task": 3}, r"'only_task' .* must be int from 0 to 2, got 3"),
+        ({"only_page": 3}, r"'only_page' .* must be int 0 or 1 or 2 or 5, got 3"),
         ({"width": 1 / 32}, r"the widths are out of bounds: a network's ≥ 1/64"),
         ({"width": 8, "parts": {"x": {**KEYED, "keys": "random", "sum_width": 4}}}, r"the sum's ≤ 16"),
     ],

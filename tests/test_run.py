@@ -79,7 +79,7 @@ def house(tmp_path_factory):
         ignore = shutil.ignore_patterns("_build", "published", "__pycache__", "*.ipynb", ".*")
         shutil.copytree(ROOT / name, path / name, ignore=ignore)
     (path / "book" / "published").mkdir()
-    for name in run.standing(top):  # the pages on speed, size and the literal network need them
+    for name in run.standing(top):  # the pages on speed, size and those of one profile need them
         shutil.copyfile(ROOT / "book" / "published" / name, path / "book" / "published" / name)
     foreign = top / "foreign" / "kernels" / "python3"
     foreign.mkdir(parents=True)
@@ -331,29 +331,30 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
     assert {f.name for f in (house.path / "book" / "published").iterdir()} == {*run.standing(house.path)}
 
 
-def test_the_literal_network_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("profile", "notebook"), [("literal", "01_mnist_cifar10"), ("residual", "05_beside_others")])
+def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch, profile, notebook):
     kept = shutil.copytree(ROOT / "book" / "published", tmp_path / "published")
     before = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
     shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
     monkeypatch.setattr(run, "ROOT", tmp_path)
     monkeypatch.setattr(run, "PUBLISHED", kept)
     monkeypatch.setattr(run, "_is_fresh", lambda *_: True)
-    folder = tmp_path / "results" / "literal"
-    literal = ["literal.json", "literal.ipynb"]
-    assert all(run.standing(folder)[name] == kept / name for name in literal)
-    content = store.read_json(kept / "01_mnist_cifar10.json") | {"claims": store.file_sha256(params.CLAIMS)}
-    content["provenance"]["commit"], content["provenance"]["params"]["arch"] = "abc123", "vgg16"
-    store.write_json(folder / "01_mnist_cifar10.ipynb", {"cells": []})
-    assert run.standing(folder)["literal.ipynb"] == kept / "literal.ipynb"  # without results it failed
-    store.write_json(folder / "01_mnist_cifar10.json", content)
-    assert all(run.standing(folder)[name].parent == folder for name in literal)
-    run.publish(params.read("literal", {"results_dir": str(folder.parent)}), folder)
+    folder = tmp_path / "results" / profile
+    page = [f"{profile}.json", f"{profile}.ipynb"]
+    assert all(run.standing(folder)[name] == kept / name for name in page)
+    content = store.read_json(kept / f"{notebook}.json") | {"claims": store.file_sha256(params.CLAIMS)}
+    content["provenance"]["commit"], content["provenance"]["params"]["arch"] = "abc123", "vgg99"
+    store.write_json(folder / f"{notebook}.ipynb", {"cells": []})
+    assert run.standing(folder)[f"{profile}.ipynb"] == kept / f"{profile}.ipynb"  # without results it failed
+    store.write_json(folder / f"{notebook}.json", content)
+    assert all(run.standing(folder)[name].parent == folder for name in page)
+    run.publish(params.read(profile, {"results_dir": str(folder.parent)}), folder)
     after = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
-    assert {name for name in after if after[name] != before[name]} <= {*literal, "headline.json", "headline.png"}
-    assert after["literal.json"] == (folder / "01_mnist_cifar10.json").read_bytes()
+    assert {name for name in after if after[name] != before[name]} <= {*page, "headline.json", "headline.png"}
+    assert after[f"{profile}.json"] == (folder / f"{notebook}.json").read_bytes()
     assert readme_headline(kept) in (tmp_path / "README.md").read_text(encoding="utf-8")
     values = store.read_json(kept / "headline.json")["values"]
-    assert "VGG16" in values.pop("literal_notice") and "VGG16" not in values["run_notice"]
+    assert "VGG99" in values.pop(f"{profile}_notice") and not any("VGG99" in str(value) for value in values.values())
 
 
 def test_an_edit_of_the_ipynb_alone_is_neither_run_over_nor_lost(house):

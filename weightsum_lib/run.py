@@ -32,7 +32,7 @@ class RunError(RuntimeError):
 def notebook_names(p: Params | None = None) -> list[str]:
     """The notebooks in reading order: all, or those that a profile has."""
     names = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.py"))
-    return [name for name in names if not (p and p.only_task) or int(name[:2]) == p.only_task]
+    return [name for name in names if not (p and p.only_page) or int(name[:2]) == p.only_page]
 
 
 def check(p: Params) -> None:
@@ -245,7 +245,7 @@ def train(p: Params, only_plan: bool) -> None:
 
 
 def publish(p: Params, folder: Path) -> None:
-    """Keep a profile's finished run as ``book/published`` and update the README from it; of `literal` the page.
+    """Keep a profile's finished run as ``book/published`` and update the README from it; of a standing one the page.
 
     Raises:
         RunError: the run is not whole, not of the present code and parameters, or not of one clean commit.
@@ -261,7 +261,7 @@ def publish(p: Params, folder: Path) -> None:
     commits = {result["provenance"]["commit"] for result in results}
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
-    if p.only_task:
+    if p.only_page:
         for name, path in standing(folder).items():
             if path.parent == folder:
                 shutil.copyfile(path, PUBLISHED / name)
@@ -296,15 +296,17 @@ def _all_made(folder: Path) -> list[Path]:
 def standing(folder: Path) -> dict[str, Path]:
     """What every report shows, whatever its profile, by its name there: made here, else as it was published.
 
-    That is what ``make bench`` measured, and the page of the profile `literal`.
+    That is what ``make bench`` measured, and the pages of the profiles that stand there (``params.STANDING``).
 
     Args:
         folder: a profile's results, beside which those of the others lie.
     """
     here = {name: folder.parent / name for name in ("bench.json", "bench.png", "scale.json")}
-    literal = folder.parent / "literal" / "01_mnist_cifar10.json"  # of a run that failed there is none
-    pages = {f"literal{suffix}": literal.with_suffix(suffix) for suffix in (".json", ".ipynb")}
-    here |= pages if literal.exists() else dict.fromkeys(pages, literal)
+    for name in params.STANDING:
+        (notebook,) = notebook_names(params.read(name))
+        results = folder.parent / name / f"{notebook}.json"  # of a run that failed there is none
+        made = {f"{name}{suffix}": results.with_suffix(suffix) for suffix in (".json", ".ipynb")}
+        here |= made if results.exists() else dict.fromkeys(made, results)
     return {name: path if path.exists() else PUBLISHED / name for name, path in here.items()}
 
 
@@ -337,12 +339,13 @@ def build_book(folder: Path) -> Path:
         from weightsum_lib.report import page  # draws: too slow to load where there is nothing to do
 
         shutil.rmtree(source, ignore_errors=True)
-        shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns(*_NO_PAGES, "literal.md"))
+        shutil.copytree(BOOK, source, ignore=shutil.ignore_patterns(*_NO_PAGES))
         for name, path in used.items():
             to = source / ("notebooks" if path.suffix == ".ipynb" else "results")
             to.mkdir(exist_ok=True)
             shutil.copyfile(path, to / name)
-        page.open_with(source / "notebooks" / "literal.ipynb", BOOK / "literal.md")
+        for name in params.STANDING:
+            page.open_with(source / "notebooks" / f"{name}.ipynb", BOOK / f"{name}.md")
         page.write_headline(folder, source / "results")
         stamp_file.unlink(missing_ok=True)
         shutil.rmtree(first.parent, ignore_errors=True)
@@ -378,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
             # not every shell expands DATA_DIR=~/…
             knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": given.seeds}
             p = params.read(given.profile, {name: value for name, value in knobs.items() if value != ""})
-            if p.only_task and given.step not in ("plan", "train", "notebooks", "publish" * (p.profile == "literal")):
+            if p.only_page and given.step in ("book", "all", "publish")[: 2 if p.profile in params.STANDING else 3]:
                 raise ParamsError(f"'{p.profile}' is one page and no report: make notebooks PROFILE={p.profile}")
             folder = Path(p.results_dir) / p.profile
         if given.step in ("plan", "train"):

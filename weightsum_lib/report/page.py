@@ -65,8 +65,9 @@ def write_headline(folder: Path, target: Path) -> None:
     tables["headline"] = table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"])
     values = {"data_notice": data_notice(data), "run_notice": _run_notice(last), "answer": answer(rows, found)}
     values["times"] = f"{len(runs)} networks took {minutes[0]} minutes of one core to train and {minutes[1]} to test"
-    if literal := store.read_json(target / "literal.json"):
-        values["literal_notice"] = _run_notice(literal["provenance"])
+    for name in params.STANDING:
+        if alone := store.read_json(target / f"{name}.json"):
+            values[f"{name}_notice"] = _run_notice(alone["provenance"])
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)

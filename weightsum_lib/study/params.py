@@ -27,6 +27,7 @@ _NAMED = ("protocol", "third", "keys", "start", "network_width", "sum_width")  #
 _OF_ROWS = ("rows", "parts", "merged")  # knobs that hold a recipe for each label
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 CLAIMS = PARAMS_DIR / "claims.yaml"
+STANDING = ("literal", "residual")  # profiles whose one page stands in every report, under their name
 _TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
 _LABEL = re.compile(r"[^\W_](?:[\w ,.+/×=()-]{0,62}[\w.+)])?")
 
@@ -137,7 +138,7 @@ class Params:
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
     draws: int = _knob("draws of random keys", _from(1, 1000))
     ceiling_seeds: int = _knob("seeds of networks that meet both tasks of task 3; 0: few mergers", _from(0, 1000))
-    only_task: int = _knob("1 or 2: the page of that task alone; 0: the whole report", _from(0, 2))
+    only_page: int = _knob("1, 2 or 5: that page alone; 0: the whole report", _one_of(0, 1, 2, 5))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
     merged: dict = _knob("label: recipe of each row whose networks the page beside others merges")
@@ -272,7 +273,7 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
 
 def _against(p: Params) -> Iterator[str]:
     """Why these parameters can't be used."""
-    needed = (BASELINE, TRAINED, *(() if p.only_task else (ALONE, DISJOINT, RANDOM)))
+    needed = {0: (BASELINE, TRAINED, ALONE, DISJOINT, RANDOM), 5: ()}.get(p.only_page, (BASELINE, TRAINED))
     yield from (f"'rows' lacks '{each}', which the findings compare" for each in needed if each not in p.rows)
     slugs = {}
     for label in p.methods:
@@ -286,8 +287,8 @@ def _against(p: Params) -> Iterator[str]:
     training = p.train_images - p.train_images // 10
     rules = {
         f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
-        "the page beside others wants something to halve ('halves')": not (p.only_task or p.halves),
-        f"the page beside others wants '{ALONE}' in 'merged'": not p.only_task and ALONE not in p.merged,
+        "the page beside others wants something to halve ('halves')": p.only_page in (0, 5) and not p.halves,
+        f"the page beside others wants '{ALONE}' in 'merged'": p.only_page in (0, 5) and ALONE not in p.merged,
         f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
         f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
         "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,
