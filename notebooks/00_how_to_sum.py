@@ -20,11 +20,11 @@
 # | asked | answer | where |
 # |---|---|---|
 # | How do I sum the weights? | `WeightSum([a, b])`: the sum is computed in each forward pass, so gradients reach both | below |
-# | What about batch norm? | γ and β are summed like all weights; running statistics are not, they are estimated anew | below |
+# | What about batch norm? | γ and β are summed like all weights; running statistics are estimated anew, unless the networks share (almost) no channel | below |
 # | Multi-input network or weight sharing? | neither: a third network whose weights are a *function* of two others | below |
-# | What is the third term? | it has several readings; the plain cross-entropy of the sum is the one to start from | table below |
+# | What is the third term? | it has several readings; the simplest is the plain cross-entropy of the sum, and the others gain little over it (task 1) | table below |
 # | Is it meta-learning? | a relative: it asks for weights that still work *after* a change of weights | below |
-# | Is it a good idea? | for a pair trained together, and for two that never met: measured | tasks 1 to 3, next pages |
+# | Is it a good idea? | for a pair trained together it works, but one network trained on both tasks is simpler and keeps both skills; two that never met can't be added as they are, but nearly, if they were trained for it and get room | tasks 1 to 3, next pages |
 # | Similar examples? | model soups, task arithmetic, superposition of models and others | bibliography below |
 #
 # Everything here runs in seconds, on two untrained networks and a few images of the synthetic stand-in for SVHN; the
@@ -92,7 +92,9 @@ optimizer.step()
 #
 # Running means and variances describe the activations of *one* network. Those of the sum are other activations, and
 # the sum of two variances is not their variance. So the statistics of a sum are re-estimated from unlabelled images
-# (as in REPAIR, Jordan et al. 2022), for the network before the sum and after it alike.
+# (as after SWA, Izmailov et al. 2018), for the network before the sum and after it alike. The exception are networks
+# that share no channel, or almost none ([task 3](03_mnist_svhn)): there each channel's statistics are its owner's, and
+# adding them is right. Two scales γ near 1 add up to 2, so networks under keys store the deviation from 1.
 
 # %%
 for network in (theta_m, theta_c):
@@ -224,9 +226,9 @@ max((w - of_c[name]).abs().max().item() for name, w in difference.items())
 # ([1511.07543](https://arxiv.org/abs/1511.07543)); by their weights, *Git Re-Basin*, Ainsworth et al. 2023
 # ([2209.04836](https://arxiv.org/abs/2209.04836)). Merging channels within networks of different tasks too: *ZipIt!*,
 # Stoica et al. 2024 ([2305.03053](https://arxiv.org/abs/2305.03053)). Repairing the statistics afterwards: REPAIR,
-# Jordan et al. 2022 ([2211.08403](https://arxiv.org/abs/2211.08403)).
+# Jordan et al. 2023 ([2211.08403](https://arxiv.org/abs/2211.08403)).
 #
-# **The nearest relative**: *Composable sparse subnetworks via a maximum-entropy principle*, Caso et al., ICLR 2026
+# **The nearest relative**: *Composable Sparse Subnetworks via Maximum-Entropy Principle*, Caso et al., ICLR 2026
 # ([OpenReview](https://openreview.net/forum?id=IHwx5ioIP2)): networks for some of the classes of one dataset, uniform
 # on the others' images and pruned, whose weights are added. New here: the networks need no pruning and no common
 # start, come from different datasets, and meet for the first time in the sum, under keys that each draws for itself.
@@ -244,9 +246,11 @@ max((w - of_c[name]).abs().max().item() for name, w in difference.items())
 # ([1703.03400](https://arxiv.org/abs/1703.03400)).
 #
 # **The parts used here.** VGG, Simonyan & Zisserman 2015 ([1409.1556](https://arxiv.org/abs/1409.1556)); batch norm,
-# Ioffe & Szegedy 2015 ([1502.03167](https://arxiv.org/abs/1502.03167)); initialization, He et al. 2015
-# ([1502.01852](https://arxiv.org/abs/1502.01852)); distillation, Hinton et al. 2015
-# ([1503.02531](https://arxiv.org/abs/1503.02531)).
+# Ioffe & Szegedy 2015 ([1502.03167](https://arxiv.org/abs/1502.03167)); ResNet, He et al. 2016
+# ([1512.03385](https://arxiv.org/abs/1512.03385)); initialization, He et al. 2015
+# ([1502.01852](https://arxiv.org/abs/1502.01852)), with hidden linear layers smaller by √2, so that a *sum* of two starts
+# at He's variance; distillation, Hinton et al. 2015 ([1503.02531](https://arxiv.org/abs/1503.02531)). MNIST, LeCun et
+# al. 1998; SVHN, Netzer et al. 2011; CIFAR-10, Krizhevsky 2009.
 #
 # **In one sentence: two networks are summed by making their sum part of the forward pass, with batch-norm statistics
 # of its own; whether the sum keeps their skills is what the next pages measure.**

@@ -11,10 +11,10 @@
 # %% [markdown]
 # # Task 3: MNIST + SVHN, two networks that never met
 #
-# θ_m comes from task 1 and θ_s from task 2. They were trained apart, alone or (the rows `joint` and those under keys
-# but `keys alone`) each with a CIFAR-10 network of its own, from streams of random numbers that share nothing but, where
-# a row says so, the start. Their weights are added, with no training afterwards. Does surviving *one* partner teach a
-# network to survive *any* partner?
+# θ_m comes from task 1 and θ_s from task 2; the two never met. Each was trained alone (`independent`, `shared start`,
+# `keys alone`) or beside a CIFAR-10 network of its own (all other rows). They share no random numbers, but for their start
+# in `shared start`. Their weights are added, with no training afterwards. Does surviving *one* partner teach a network to
+# survive *any* partner? (Hold `joint ce` against `independent`.)
 #
 # Two rows are made for this. Under **disjoint keys** each task may use its own quarter of the channels of every
 # layer, by agreement: by construction that is two small networks side by side whose logits are added, so the row
@@ -79,7 +79,7 @@ plots.before_after(summary, f"Never met: random keys read {keyed}, dense {TRAINE
 # %% [markdown]
 # A control gives SVHN's classes other names, so that two digit
 # networks can't help each other. Training does not know what a class is called, so θ_s with its outputs renamed *is* a
-# network trained on the renamed labels (a test shows it), and no new training is needed. *Counts*: before the sum, both
+# network trained on the renamed labels, and no new training is needed. *Counts*: before the sum, both
 # networks are not worse than dense ones of their size that were trained alone as long, by more than a point (by the
 # end of the 95 % interval).
 
@@ -160,7 +160,8 @@ tables.shown(policy_table)
 # methods of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks
 # their `own`; of *random signs*, which are told which task a test image is from, `per_task`. Where a way has
 # coefficients, validation images choose. *Random weights of the partner's norms* stand in for each network in turn, as a
-# control. The last rows did meet: networks that were trained on both tasks. A profile with `ceiling_seeds: 0`, as `quick`, has neither these nor what takes long: merging more finely than by a sum.
+# control. The last rows did meet: networks that were trained on both tasks. Who has both datasets should train one
+# network on both. (`quick` has neither these rows nor the ways that take long.)
 
 # %% tags=["hide-input"]
 merged = [beside.mergers(study, FIRST, SECOND), measure.frame(study, measure.ceilings(study, FIRST, SECOND))]

@@ -13,8 +13,8 @@
 #
 # How to train a network so that it can be added to a stranger's:
 #
-# 1. **Train beside a partner, with the loss on the sum**: CE + CE + the third term `ce`, symmetric, on a small network
-#    that lies in a sum twice as wide under a random **key**: the channels of each layer that it may use (k = ½).
+# 1. **Train beside a partner, with the loss on the sum**: CE + CE + the third term `ce` on both tasks' images, on a small
+#    network that lies in a sum twice as wide under a random **key**: the channels of each layer that it may use (k = ½).
 # 2. **Move the partner about**: in most steps it lies under a fresh key. A permuted network computes the same function, so
 #    one partner is an endless supply of strangers. Batch norm stores its scale as a deviation from 1 (`centered_scale`).
 # 3. **Be quiet on others' images**: each network answers the partner's images with a uniform distribution.
@@ -24,8 +24,9 @@
 #    network's unlabelled training images, a shared one from both. No task label at test time. In a sum sparse enough
 #    (1/128), adding the state dicts, buffers and all, does without images.
 #
-# What to expect is below: the whole curve over k, what each part is worth, where the losses are, how many networks fit,
-# and the price.
+# What to expect is below: the whole curve over k, what each part is worth (not every step above is shown to be needed),
+# where the losses are, how many networks fit, and the price: the sum is wide, its networks are small, and who has
+# both datasets should train one network on both ([task 3](03_mnist_svhn)).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -107,8 +108,9 @@ recipe_table = tables.by_task(curves.loc[recipe], ["after", "sampling", "kept_of
 tables.shown(recipe_table)
 
 # %% [markdown]
-# What two keys have in common, layer by layer: the expected number of channels that both networks use. The weights of a
-# sum that is stored as the channels it uses are never more than its parents' together, however wide the sum is.
+# What two keys have in common, layer by layer: the expected number of channels that both networks use. Of the sum's
+# weights that are not zero there are never more than its parents' together. Written out as a plain network of the
+# channels that it uses it has up to four times one network's (the last column), however wide the sum is.
 
 # %% tags=["hide-input"]
 room = measure.room(study, RANDOM, BOTH, SHARES)
@@ -120,10 +122,10 @@ tables.shown(room_table)
 #
 # The sum at k = ⅛ with *equal* room in all layers, when keys are random in one layer and disjoint in all others. A
 # share of a layer's channels collides; how large it is varies from draw to draw with a variance of one over the
-# layer's room, and a layer of 8 channels that loses 2 has lost much. Hence the rule, one number: a layer of fewer than
-# 64 channels gets the room of one that has 64, which makes the variance equal wherever it was larger. What the rule is
-# worth shows in the curve above (*equal room*); bars here whose intervals overlap decide nothing. Validation images,
-# and seeds that no table of test images has (where the profile has `choice_seeds`).
+# layer's room, and a layer of 8 channels that loses 2 has lost much. From that variance the rule was set, one number: a
+# layer of fewer than 64 channels gets the room of one that has 64, which makes it equal wherever it was larger. What the
+# rule is worth shows in the curve above (*equal room*). These bars were no part of it, and where their intervals overlap
+# they say neither that it is right nor that it is wrong. Validation images, and seeds that no table of test images has.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bars: points of accuracy that the sum loses against the ensemble when keys are random in one layer only, one group of bars a layer, for MNIST and SVHN."}}
 choosing = {"split": "val", "seeds": p.choice_seeds_of}
@@ -153,8 +155,9 @@ plots.by_draw(of_draws, f"{message}: rank correlation {correlation}" if p.draws 
 # ## What each part is worth
 #
 # Each row leaves one part out, or has more of one, and is summed as the recipe is, at k = ⅛ and at ¼, where it hurts:
-# on validation images, with seeds that no table of test images has (where the profile has `choice_seeds`). Differences
-# are paired by seed. One whose interval holds 0 is undecided, and where n is 1 it is a hint, no more.
+# on validation images, with seeds that no table of test images has. Differences are paired by seed. One whose interval
+# holds 0 is undecided, and where n is 1 it is a hint, no more. No row here leaves out the loss on the sum, or the scale
+# that is stored as a deviation from 1: what they are worth is not shown.
 
 # %% tags=["hide-input"]
 compared = [RANDOM, ALONE, *p.parts_with("random")]
@@ -183,7 +186,7 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # (the sum's own batch-norm statistics may give some of it back). What keys can lose is the rest: to the right it
 # stands against the expected number of *other* networks on a channel, (N − 1)·k. A law of two numbers is fitted to
 # the sums of fewer networks, and held to those of the most: kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table
-# says how far it holds.
+# says how far it holds. It counts only what keys lose, not what loudness does.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
 COUNTS = (2, 4, 8) if len(joining) == 8 else (2, 3)
@@ -231,8 +234,8 @@ tables.shown(several_table)
 # θ_m + θ_s + a CIFAR-10 network under disjoint keys, where nothing collides. Which CIFAR-10 network? The support
 # network of the MNIST pair has met θ_m, that of the SVHN pair has met θ_s, one that was trained as the main network
 # beside inverted MNIST has met neither, and one whose support network learned MNIST and SVHN together has met neither
-# network but the images of both. Most is lost where the third network was never shown the images that are tested, a part
-# even where it was.
+# network but the images of both. Compare what a task loses where the third network was shown its images, and where it
+# was not.
 
 # %% tags=["hide-input"]
 three_table = tables.by_task(of_three, ["before", "ensemble", "after", "kept"])
