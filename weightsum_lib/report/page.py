@@ -24,12 +24,6 @@ _ANSWERS = (  # the two networks, the tasks that tested them, the row
 )
 
 
-def _results(folder: Path) -> dict[str, dict]:
-    """The results of a run by notebook; one that failed has none."""
-    found = {name: store.read_json(folder / f"{name}.json") for name in _NOTEBOOKS}
-    return {name: content for name, content in found.items() if content}
-
-
 def write_headline(folder: Path, target: Path) -> None:
     """Write ``headline.json`` and ``headline.png`` into ``target`` from the results in ``folder``.
 
@@ -39,7 +33,7 @@ def write_headline(folder: Path, target: Path) -> None:
     Raises:
         RuntimeError: no notebook has any.
     """
-    found = _results(folder)
+    found = {name: content for name in _NOTEBOOKS if (content := store.read_json(folder / f"{name}.json"))}
     rows = pd.DataFrame([row for content in found.values() for row in content["headline"]])
     if rows.empty:
         why = f"no front page without results; {folder}/<notebook>.ipynb say why they failed"
@@ -52,11 +46,6 @@ def write_headline(folder: Path, target: Path) -> None:
         of = rows[(rows["method"] == method) & rows["task"].str.startswith(tasks)]
         kinds.append(of.assign(networks=networks, tested=of["task"].str.split(": ").str[-1]))
     kinds = pd.concat(kinds).set_index(["networks", "tested"])
-    keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
-    plots.use_style()
-    target.mkdir(parents=True, exist_ok=True)
-    message = f"By the means 99 % of both skills is kept by: {'; '.join(keep[keep].index) or 'none of these'}"
-    plots.save(plots.before_after(kinds, message), target / "headline.png")
     made = [content["provenance"] for content in found.values()]
     last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
     minutes = [f"{sum(of) / 60:,.1f}" for of in (runs.values(), (of["measuring_seconds"] for of in made))]
@@ -71,6 +60,10 @@ def write_headline(folder: Path, target: Path) -> None:
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)
+    keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
+    message = f"By the means 99 % of both skills is kept by: {'; '.join(keep[keep].index) or 'none of these'}"
+    plots.use_style()
+    plots.save(plots.before_after(kinds, message), target / "headline.png")
 
 
 def _run_notice(run: Mapping) -> str:
