@@ -129,14 +129,13 @@ def _run(name: str, p: Params, target: Path) -> str:
     import papermill
 
     notebook, error = jupytext.reads(_source(name), "py:percent"), ""
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     values = p.as_dict() if _PARAMETERS in _source(name) else {}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each knob that isn't in the parameters cell
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it shows how a kernel ended that was told to end
     # no word of the kernel's own, an interrupt at its end; its standard error stays ours, for lines of progress
     quiet = ["--log-level=CRITICAL", "--IPKernelApp.capture_fd_output=False"]
-    options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}
-    options["shutdown_kernel"] = "immediate"  # an interrupt ends it at once
+    options = {"kernel_name": "python3", "language": "python", "progress_bar": False, "cwd": ROOT}
+    options |= {"extra_arguments": quiet, "shutdown_kernel": "immediate"}  # an interrupt ends it at once
     with store.replaced(target) as temporary:
         os.environ["WEIGHTSUM_PROGRESS"] = f"  {name}: "
         try:
