@@ -261,9 +261,8 @@ def publish(p: Params, folder: Path) -> None:
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
     if p.only_page:
-        for name, path in standing(folder).items():
-            if path.parent == folder:
-                shutil.copyfile(path, PUBLISHED / name)
+        for path in _made(*notebook_names(p), folder):
+            shutil.copyfile(path, PUBLISHED / f"{p.profile}{path.suffix}")
         page.write_headline(PUBLISHED, PUBLISHED)
         page.write_readme(PUBLISHED, ROOT / "README.md")
     else:
