@@ -88,11 +88,9 @@ def interval(values: Iterable[float], percent: bool = False) -> Interval | None:
     n, mean = len(found), float(found.mean())
     if n < 2:
         return Interval(mean, None, None, n) if n else None
-    scale, back = (special.logit, special.expit) if percent else (np.asarray, np.asarray)
-    scaled = scale(found.clip(0.01, 99.99) / 100 if percent else found)
-    half = stats.t.ppf(0.975, n - 1) * scaled.std(ddof=1) / n**0.5
-    low, high = (float(back(scaled.mean() + sign * half)) * (100 if percent else 1) for sign in (-1, 1))
-    return Interval(mean, low, high, n)
+    scaled = special.logit(found.clip(0.01, 99.99) / 100) if percent else found
+    ends = scaled.mean() + np.array([-1, 1]) * stats.t.ppf(0.975, n - 1) * scaled.sem()
+    return Interval(mean, *(100 * special.expit(ends) if percent else ends).tolist(), n)
 
 
 def fraction(share: float) -> str:
