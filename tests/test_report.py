@@ -22,7 +22,7 @@ def measured(method, seed, network, name, accuracy, policy="union", draw=0, conf
     return {
         "task": "3", "method": method, "seed": seed, "share": 1.0, "narrow": 0, "draw": draw, "policy": policy,
         "network": network, "tested": name, "split": "test", "accuracy": accuracy, "confidence": confidence,
-        "sampling": 0.5,
+        "sampling": 0.5, "shared": np.nan,
     }  # fmt: skip
 
 

@@ -143,9 +143,8 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
     parts |= {"confidence": ("other", "confidence"), "sampling": ("after", "sampling"), "shared": ("after", "shared")}
     for name, (role, column) in parts.items():
         levels = by if role in ("after", "renamed") else [level for level in by if level not in _OF_SUM]
-        if column in frame:
-            cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
-            found = found.join(cells.rename(name), on=levels)
+        cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
+        found = found.join(cells.rename(name), on=levels)
     return found.assign(
         gap=found["before"] - found["after"],
         kept=100 * found["after"] / found["before"].clip(lower=0.1),
