@@ -96,15 +96,12 @@ def _answer(kinds: pd.DataFrame) -> pd.DataFrame:
 def _claims(found: Mapping[str, dict]) -> pd.DataFrame:
     """Each claim of ``params/claims.yaml`` with its target, what was found, and the verdict."""
     lines = []
-    for says, claim in params.claims().items():
-        page, _, key = claim["value"].partition(":")
+    for says, bounds in params.claims().items():
+        page, _, key = bounds.pop("value").partition(":")
         cell = found.get(page, {}).get("intervals", {}).get(key)
         cell = cell and Interval(**cell)
-        if "at_least" in claim:
-            target, said = f"≥ {claim['at_least']:g}", judge(cell, claim["at_least"])
-        else:
-            target, said = f"≤ {claim['at_most']:g}", judge(cell and cell.negated(), -claim["at_most"])
-        lines.append([says, target, *((f"{cell:.2f}", cell.n) if cell else "––"), said])
+        target = f"≥ {bounds['at_least']:g}" if "at_least" in bounds else f"≤ {bounds['at_most']:g}"
+        lines.append([says, target, *((f"{cell:.2f}", cell.n) if cell else "––"), judge(cell, **bounds)])
     return pd.DataFrame(lines, columns=["Claim", "Target", "Found (95 % interval)", "n", "Verdict"])
 
 

@@ -70,10 +70,6 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return format(self)
 
-    def negated(self) -> "Interval":
-        """That of the values with the other sign."""
-        return Interval(-self.mean, self.high and -self.high, self.low and -self.low, self.n)
-
 
 def interval(values: Iterable[float], percent: bool = False) -> Interval | None:
     """The :class:`Interval` of some values, one a seed; what is nan doesn't count. None without any value.
