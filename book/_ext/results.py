@@ -78,7 +78,7 @@ class Result(SphinxRole):
         reference, _, form = self.text.partition("|")
         try:
             value = look_up(self.env, reference, "values")
-            text = format(value, form.strip()) if form else str(value)
+            text = format(value, form.strip())
         except (MissingResultError, TypeError, ValueError) as error:
             reason = error.args[0] if isinstance(error, MissingResultError) else f"format '{form}': {error}"
             logger.warning("result '%s': %s", self.text, reason, location=self.get_location())
