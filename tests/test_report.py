@@ -546,7 +546,8 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     alone = [path for name in params.STANDING for path in PUBLISHED.glob(f"{name}.*")]
     files = {path.name: path for path in [*source.iterdir(), *PUBLISHED.glob("bench.*"), *alone]}
     readme.write_text(f"before\n{page._BEGIN}old\n{page._END}after\n", encoding="utf-8")
-    page.publish(files, source, tmp_path / "book" / "published", readme)
+    page.publish(files, tmp_path / "book" / "published")
+    page.write_readme(tmp_path / "book" / "published", readme)
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert page.readme_headline(PUBLISHED) in text

@@ -264,11 +264,10 @@ def publish(p: Params, folder: Path) -> None:
         for path in _made(*notebook_names(p), folder):
             shutil.copyfile(path, PUBLISHED / f"{p.profile}{path.suffix}")
         page.write_headline(PUBLISHED, PUBLISHED)
-        page.write_readme(PUBLISHED, ROOT / "README.md")
     else:
-        files = {path.name: path for path in _all_made(folder)} | standing(folder)
-        page.publish(files, folder, PUBLISHED, ROOT / "README.md")
+        page.publish({path.name: path for path in _all_made(folder)} | standing(folder), PUBLISHED)
         _keep_networks(p)
+    page.write_readme(PUBLISHED, ROOT / "README.md")
     print(f"published: {PUBLISHED}, README.md")
 
 

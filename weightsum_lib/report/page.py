@@ -113,27 +113,24 @@ def _data(data: Mapping[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["Dataset", "Source", "Training", "Validation", "Test", "SHA-256 of the file"])
 
 
-def publish(files: Mapping[str, Path], folder: Path, target: Path, readme: Path) -> None:
-    """Keep a finished run as the published one, and bring the README's headline up to date.
+def publish(files: Mapping[str, Path], target: Path) -> None:
+    """Keep a finished run as the published one.
 
     Args:
         files: what to keep, by name: executed notebooks, their results, the measured speed.
-        folder: the profile's results.
         target: ``book/published``; what was there is replaced.
-        readme: the README.
     """
     aside = target.with_name(f".{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for name, path in files.items():
         shutil.copyfile(path, aside / name)
-    write_headline(folder, aside)
+    write_headline(aside, aside)
     params = store.read_json(aside / "headline.json")["provenance"]["params"]
     text = "# The parameters of this run, overrides included.\n" + yaml.safe_dump(params, sort_keys=False)
     (aside / "params.yaml").write_text(text, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    write_readme(target, readme)
 
 
 def write_readme(published: Path, readme: Path) -> None:
