@@ -159,11 +159,10 @@ def _without_paths(notebook: str, p: Params) -> str:
     """A notebook's text without the folders of this machine, which a warning or a parameter may name."""
     folders = {p.data_dir: "DATA_DIR", p.results_dir: "RESULTS_DIR", tempfile.gettempdir(): "TMP", sys.prefix: "PYTHON"}
     folders |= {sys.base_prefix: "PYTHON", str(Path.home()): "~", str(ROOT): "."}
+    longest_first = sorted(filter(os.path.isabs, folders), key=len, reverse=True)
+    named = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, longest_first))})\b")
     lines = notebook.splitlines(keepends=True)
-    for folder in sorted(filter(os.path.isabs, folders), key=len, reverse=True):
-        name = re.compile(rf"(?<![\w.]){re.escape(folder)}\b")
-        lines = [line if '"image/' in line else name.sub(folders[folder], line) for line in lines]
-    return "".join(lines)
+    return "".join(line if '"image/' in line else named.sub(lambda at: folders[at[0]], line) for line in lines)
 
 
 def _cells(path: Path) -> list | None:
