@@ -190,7 +190,7 @@ plots.plane(planes, (FIRST, SECOND), "The plain sum (star) of two networks that 
 of_standins = tables.wide(measure.frame(study, measure.standin_worth(study, (FIRST, SECOND))))
 worth = tables.summarize(of_standins, ["policy", "tested"])
 worth_table = tables.table(worth, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
-worth_table.style.hide(axis="index")
+tables.shown(worth_table)
 
 # %% [markdown]
 # ## Finding

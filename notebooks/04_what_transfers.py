@@ -45,8 +45,7 @@ from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM
 from weightsum_lib.study.runs import Study
 
 NOTEBOOK = "04_what_transfers"
-FIRST, SECOND = NAMES = ("mnist", "svhn")
-BOTH = (FIRST, SECOND)
+FIRST, SECOND = BOTH = ("mnist", "svhn")
 HEADLINE, SPARSEST = measure.SHARE, 1 / 128  # k of the sum
 SHARES = (1 / 2, 1 / 4, HEADLINE, 1 / 32, SPARSEST)
 
@@ -93,10 +92,10 @@ plots.kept_by_share(curves, f"Under random keys of ⅛ the sum of two strangers 
 
 # %% tags=["hide-input"]
 curve_tables = {n: tables.by_share(kept.xs(n, level="tested")) for n in BOTH}
-curve_tables[FIRST].style.hide(axis="index").set_caption(f"Kept of {tables.title(FIRST)} (%)")
+tables.shown(curve_tables[FIRST], f"Kept of {tables.title(FIRST)} (%)")
 
 # %% tags=["hide-input"]
-curve_tables[SECOND].style.hide(axis="index").set_caption(f"Kept of {tables.title(SECOND)} (%)")
+tables.shown(curve_tables[SECOND], f"Kept of {tables.title(SECOND)} (%)")
 
 # %% [markdown]
 # The recipe alone: the accuracy that is left (its interval is over seeds; beside it the standard error of the test

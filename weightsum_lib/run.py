@@ -129,14 +129,13 @@ def _run(name: str, p: Params, target: Path) -> str:
     import papermill
 
     notebook, error = jupytext.reads(_source(name), "py:percent"), ""
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     values = p.as_dict() if _PARAMETERS in _source(name) else {}
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it warns of each knob that isn't in the parameters cell
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it shows how a kernel ended that was told to end
     # no word of the kernel's own, an interrupt at its end; its standard error stays ours, for lines of progress
     quiet = ["--log-level=CRITICAL", "--IPKernelApp.capture_fd_output=False"]
-    options = {"kernel_name": "python3", "progress_bar": False, "cwd": ROOT, "extra_arguments": quiet}
-    options["shutdown_kernel"] = "immediate"  # an interrupt ends it at once
+    options = {"kernel_name": "python3", "language": "python", "progress_bar": False, "cwd": ROOT}
+    options |= {"extra_arguments": quiet, "shutdown_kernel": "immediate"}  # an interrupt ends it at once
     with store.replaced(target) as temporary:
         os.environ["WEIGHTSUM_PROGRESS"] = f"  {name}: "
         try:
@@ -160,11 +159,10 @@ def _without_paths(notebook: str, p: Params) -> str:
     """A notebook's text without the folders of this machine, which a warning or a parameter may name."""
     folders = {p.data_dir: "DATA_DIR", p.results_dir: "RESULTS_DIR", tempfile.gettempdir(): "TMP", sys.prefix: "PYTHON"}
     folders |= {sys.base_prefix: "PYTHON", str(Path.home()): "~", str(ROOT): "."}
+    longest_first = sorted(filter(os.path.isabs, folders), key=len, reverse=True)
+    named = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, longest_first))})\b")
     lines = notebook.splitlines(keepends=True)
-    for folder in sorted(filter(os.path.isabs, folders), key=len, reverse=True):
-        name = re.compile(rf"(?<![\w.]){re.escape(folder)}\b")
-        lines = [line if '"image/' in line else name.sub(folders[folder], line) for line in lines]
-    return "".join(lines)
+    return "".join(line if '"image/' in line else named.sub(lambda at: folders[at[0]], line) for line in lines)
 
 
 def _cells(path: Path) -> list | None:
@@ -262,15 +260,13 @@ def publish(p: Params, folder: Path) -> None:
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
     if p.only_page:
-        for name, path in standing(folder).items():
-            if path.parent == folder:
-                shutil.copyfile(path, PUBLISHED / name)
+        for path in _made(*notebook_names(p), folder):
+            shutil.copyfile(path, PUBLISHED / f"{p.profile}{path.suffix}")
         page.write_headline(PUBLISHED, PUBLISHED)
-        page.write_readme(PUBLISHED, ROOT / "README.md")
     else:
-        files = {path.name: path for path in _all_made(folder)} | standing(folder)
-        page.publish(files, folder, PUBLISHED, ROOT / "README.md")
+        page.publish({path.name: path for path in _all_made(folder)} | standing(folder), PUBLISHED)
         _keep_networks(p)
+    page.write_readme(PUBLISHED, ROOT / "README.md")
     print(f"published: {PUBLISHED}, README.md")
 
 

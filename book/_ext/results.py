@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"[+\-−±≥≤<>~≈]?\s*[\d.,]+(\s*([%×]|s|min|points)
 _EMPTY = {"", "-", "–", "—", "−"}
 
 
-class MissingResultError(KeyError):
+class MissingResultError(LookupError):
     """A result that the report asks for and no notebook has written."""
 
 
@@ -78,9 +78,9 @@ class Result(SphinxRole):
         reference, _, form = self.text.partition("|")
         try:
             value = look_up(self.env, reference, "values")
-            text = format(value, form.strip()) if form else str(value)
+            text = format(value, form.strip())
         except (MissingResultError, TypeError, ValueError) as error:
-            reason = error.args[0] if isinstance(error, MissingResultError) else f"format '{form}': {error}"
+            reason = error if isinstance(error, MissingResultError) else f"format '{form}': {error}"
             logger.warning("result '%s': %s", self.text, reason, location=self.get_location())
             return [nodes.inline("", f"missing: {self.text}", classes=["missing-result"])], []
         if not isinstance(value, str):
@@ -101,7 +101,7 @@ class ResultTable(SphinxDirective):
         try:
             content = look_up(self.env, self.arguments[0], "tables")
         except MissingResultError as error:
-            logger.warning("result-table '%s': %s", self.arguments[0], error.args[0], location=self.get_location())
+            logger.warning("result-table '%s': %s", self.arguments[0], error, location=self.get_location())
             return [nodes.paragraph("", f"missing: {self.arguments[0]}", classes=["missing-result"])]
         columns, rows = content["columns"], [[str(cell).strip() for cell in row] for row in content["rows"]]
         cells = [[row[i] for row in rows if row[i] not in _EMPTY] for i in range(len(columns))]

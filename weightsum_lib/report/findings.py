@@ -41,15 +41,15 @@ def verdict_of(row: pd.Series) -> str:
     return verdict(row["before"].mean, row["after"].mean)
 
 
-def judge(found: Interval | None, at_least: float, answers: tuple[str, str] = ("reached", "missed")) -> str:
-    """Whether a quantity is at least so large: the whole interval must lie on one side, else it is undecided.
+def judge(found: Interval | None, at_least: float = -np.inf, at_most: float = np.inf) -> str:
+    """Whether a quantity is so large, or so small: the whole interval must say so, or say not, else it is undecided.
 
     >>> [judge(Interval(99, low, high, 3), 98.5) for low, high in ((98.6, 99.4), (98.4, 99.6), (98, 98.4))]
     ['reached', 'undecided', 'missed']
     """
-    if found is None or found.low is None or found.low < at_least <= found.high:
+    if found is None or found.low is None or found.low < at_least <= found.high or found.low <= at_most < found.high:
         return "undecided"
-    return answers[found.low < at_least]
+    return "reached" if at_least <= found.low and found.high <= at_most else "missed"
 
 
 def counts(rows: pd.DataFrame, method: str, baseline: str, margins: Mapping[str, float]) -> str:
@@ -66,8 +66,8 @@ def counts(rows: pd.DataFrame, method: str, baseline: str, margins: Mapping[str,
         "undecided".
     """
     of_task = [(paired(rows.xs(name, level="tested"), method, baseline, "before"), m) for name, m in margins.items()]
-    found = {judge(difference, -margin, ("yes", "no")) for difference, margin in of_task}
-    return "no" if "no" in found else "undecided" if "undecided" in found else "yes"
+    found = {judge(difference, -margin) for difference, margin in of_task}
+    return "no" if "missed" in found else "undecided" if "undecided" in found else "yes"
 
 
 def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> str:
@@ -173,13 +173,12 @@ def capacity(kept: pd.Series, fitted: Iterable[int]) -> tuple[Law, pd.DataFrame]
     known = {"xdata": (used["networks"], used["share"]), "ydata": used["measured"], "bounds": (1e-6, 20)}
     best, _ = optimize.curve_fit(lambda cells, *law: Law(*law).kept(*cells), p0=(0.5, 1.0), **known)
     found = Law(*map(float, best))
-    rows["law"] = found.kept(rows["networks"], rows["share"])
     shown = {
         "Networks": rows["networks"],
         "k": rows["share"].map(fraction),
         "Others on a channel": ((rows["networks"] - 1) * rows["share"]).map("{:.3f}".format),
         "Kept of the ensemble (%)": rows["measured"].map("{:.1f}".format),
-        "By the law (%)": rows["law"].map("{:.1f}".format),
+        "By the law (%)": found.kept(rows["networks"], rows["share"]).map("{:.1f}".format),
         "Part": np.where(rows["networks"].isin(list(fitted)), "fitted", "predicted"),
     }
     return found, pd.DataFrame(shown)

@@ -24,12 +24,6 @@ _ANSWERS = (  # the two networks, the tasks that tested them, the row
 )
 
 
-def _results(folder: Path) -> dict[str, dict]:
-    """The results of a run by notebook; one that failed has none."""
-    found = {name: store.read_json(folder / f"{name}.json") for name in _NOTEBOOKS}
-    return {name: content for name, content in found.items() if content}
-
-
 def write_headline(folder: Path, target: Path) -> None:
     """Write ``headline.json`` and ``headline.png`` into ``target`` from the results in ``folder``.
 
@@ -39,7 +33,7 @@ def write_headline(folder: Path, target: Path) -> None:
     Raises:
         RuntimeError: no notebook has any.
     """
-    found = _results(folder)
+    found = {name: content for name in _NOTEBOOKS if (content := store.read_json(folder / f"{name}.json"))}
     rows = pd.DataFrame([row for content in found.values() for row in content["headline"]])
     if rows.empty:
         why = f"no front page without results; {folder}/<notebook>.ipynb say why they failed"
@@ -52,11 +46,6 @@ def write_headline(folder: Path, target: Path) -> None:
         of = rows[(rows["method"] == method) & rows["task"].str.startswith(tasks)]
         kinds.append(of.assign(networks=networks, tested=of["task"].str.split(": ").str[-1]))
     kinds = pd.concat(kinds).set_index(["networks", "tested"])
-    keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
-    plots.use_style()
-    target.mkdir(parents=True, exist_ok=True)
-    message = f"By the means 99 % of both skills is kept by: {'; '.join(keep[keep].index) or 'none of these'}"
-    plots.save(plots.before_after(kinds, message), target / "headline.png")
     made = [content["provenance"] for content in found.values()]
     last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
     minutes = [f"{sum(of) / 60:,.1f}" for of in (runs.values(), (of["measuring_seconds"] for of in made))]
@@ -71,6 +60,10 @@ def write_headline(folder: Path, target: Path) -> None:
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)
+    keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
+    message = f"By the means 99 % of both skills is kept by: {'; '.join(keep[keep].index) or 'none of these'}"
+    plots.use_style()
+    plots.save(plots.before_after(kinds, message), target / "headline.png")
 
 
 def _run_notice(run: Mapping) -> str:
@@ -103,15 +96,12 @@ def _answer(kinds: pd.DataFrame) -> pd.DataFrame:
 def _claims(found: Mapping[str, dict]) -> pd.DataFrame:
     """Each claim of ``params/claims.yaml`` with its target, what was found, and the verdict."""
     lines = []
-    for says, claim in params.claims().items():
-        page, _, key = claim["value"].partition(":")
+    for says, bounds in params.claims().items():
+        page, _, key = bounds.pop("value").partition(":")
         cell = found.get(page, {}).get("intervals", {}).get(key)
         cell = cell and Interval(**cell)
-        if "at_least" in claim:
-            target, said = f"≥ {claim['at_least']:g}", judge(cell, claim["at_least"])
-        else:
-            target, said = f"≤ {claim['at_most']:g}", judge(cell and cell.negated(), -claim["at_most"])
-        lines.append([says, target, *((f"{cell:.2f}", cell.n) if cell else "––"), said])
+        target = f"≥ {bounds['at_least']:g}" if "at_least" in bounds else f"≤ {bounds['at_most']:g}"
+        lines.append([says, target, *((f"{cell:.2f}", cell.n) if cell else "––"), judge(cell, **bounds)])
     return pd.DataFrame(lines, columns=["Claim", "Target", "Found (95 % interval)", "n", "Verdict"])
 
 
@@ -123,27 +113,24 @@ def _data(data: Mapping[str, dict]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["Dataset", "Source", "Training", "Validation", "Test", "SHA-256 of the file"])
 
 
-def publish(files: Mapping[str, Path], folder: Path, target: Path, readme: Path) -> None:
-    """Keep a finished run as the published one, and bring the README's headline up to date.
+def publish(files: Mapping[str, Path], target: Path) -> None:
+    """Keep a finished run as the published one.
 
     Args:
         files: what to keep, by name: executed notebooks, their results, the measured speed.
-        folder: the profile's results.
         target: ``book/published``; what was there is replaced.
-        readme: the README.
     """
     aside = target.with_name(f".{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for name, path in files.items():
         shutil.copyfile(path, aside / name)
-    write_headline(folder, aside)
+    write_headline(aside, aside)
     params = store.read_json(aside / "headline.json")["provenance"]["params"]
     text = "# The parameters of this run, overrides included.\n" + yaml.safe_dump(params, sort_keys=False)
     (aside / "params.yaml").write_text(text, encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     aside.rename(target)
-    write_readme(target, readme)
 
 
 def write_readme(published: Path, readme: Path) -> None:

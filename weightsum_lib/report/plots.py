@@ -25,7 +25,6 @@ BEFORE, AFTER, CONTROL = "#0072B2", "#D55E00", "#009E73"
 _COLOURS = [BEFORE, AFTER, CONTROL, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _MARKERS = "osD^vP*X"
 _LINES = cycler(color=_COLOURS * 8) + cycler(marker=[*_MARKERS] * 7)  # no two of 56 look the same
-BARS = ", bars: 95 % interval"
 _NETWORKS = {  # how the columns of a summary are shown
     "before": {"label": "alone, before the sum", "color": BEFORE, "fmt": "o", "mfc": "white"},
     "after": {"label": "the sum", "color": AFTER, "fmt": "o"},
@@ -81,7 +80,7 @@ def _spread(cells: Iterable[Interval | None]) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.clip([mean - low, high - mean], 0, None)
 
 
-def _n(summary: pd.DataFrame, bars: str = "") -> str:
+def _n(summary: pd.DataFrame, bars: str = ", bars: 95 % interval") -> str:
     """How many seeds the rows have, and, where they are several, what the bars are."""
     low, high = summary["n"].min(), summary["n"].max()
     return f"n = {low if low == high else f'{low} to {high}'} seed" + (f"s{bars}" if high > 1 else "")
@@ -104,7 +103,7 @@ def before_after(summary: pd.DataFrame, message: str) -> Figure:
         axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
         axes.set_yticks(y, rows.index.get_level_values(0))
         axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 103))
-        axes.set_xlabel(f"test accuracy (%)\n{_n(rows, BARS)}", fontsize=10)
+        axes.set_xlabel(f"test accuracy (%)\n{_n(rows)}", fontsize=10)
         axes.grid(axis="y", visible=False)
     return _done(figure, message)
 
@@ -238,7 +237,7 @@ def why(explained: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
         points = lost[list(kinds)].map(lambda cell: max(cell.mean, 0)).rename(columns=kinds)
         points.index = lost.index.get_level_values("method")
         points[::-1].plot.barh(stacked=True, ax=axes, color=[CONTROL, AFTER], width=0.8, legend=False)
-        axes.set(title=f"lost on {title(name)}", xlabel=f"points, {_n(lost)}", ylabel="", xlim=(0, 100))
+        axes.set(title=f"lost on {title(name)}", xlabel=f"points, {_n(lost, bars='')}", ylabel="", xlim=(0, 100))
         axes.grid(axis="y", visible=False)
     panels[1].set_yticklabels([])
     return _done(figure, message)
@@ -258,7 +257,7 @@ def kept_by_share(summary: pd.DataFrame, message: str) -> Figure:
             axes.errorbar(own.index, *_spread(own["kept"]), alpha=0.85, label=line)
         shares = rows.index.unique("share")
         axes.axhline(100, color="0.5", ls=":", lw=1, label="nothing is lost")
-        axes.set(xscale="log", xlabel=f"share of the sum's channels that each has, k\n{_n(rows, BARS)}")
+        axes.set(xscale="log", xlabel=f"share of the sum's channels that each has, k\n{_n(rows)}")
         axes.set_xticks(shares, [fraction(share) for share in shares])
         axes.minorticks_off()
     return _done(figure, message)
@@ -275,7 +274,7 @@ def lost_by_layer(summary: pd.DataFrame, message: str) -> Figure:
     for axes, rows in panels:
         mean, ends = _spread(rows["interference"])
         axes.bar([layer.rpartition(".")[2] for layer in rows.index], mean, yerr=ends, color=AFTER)
-        axes.set_xlabel(f"layer with random keys\n{_n(rows, BARS)}")
+        axes.set_xlabel(f"layer with random keys\n{_n(rows)}")
         axes.tick_params(axis="x", rotation=60)
     return _done(figure, message)
 
@@ -343,21 +342,20 @@ def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str,
             axes.plot(list(values.values()), [ways.index(w) for w in values], "D", color="0.5", mfc="none", label=name)
         best = max(cell.mean for (way, _), cell in rows["after"].items() if way.startswith("ensemble"))
         axes.axvline(best, color="k", ls="--", lw=1, label="the best ensemble")
-        axes.set(xlim=(0, 101), title=title(task), xlabel=f"all ten classes: test accuracy (%)\n{_n(rows, BARS)}")
+        axes.set(xlim=(0, 101), title=title(task), xlabel=f"all ten classes: test accuracy (%)\n{_n(rows)}")
         axes.set_yticks(range(len(ways)), ways)
         axes.set_ylim(len(ways) - 0.5, -0.5)
     return _done(figure, message)
 
 
-def examples(datasets: Sequence, message: str, each: int = 10) -> Figure:
+def examples(datasets: Sequence, message: str) -> Figure:
     """The first test image of each class, a row a dataset.
 
     Args:
         datasets: :class:`weightsum_lib.Dataset` objects.
         message: what the figure says.
-        each: classes shown.
     """
-    figure, grid = _panels(each, (each * 0.8, 0.85 * len(datasets) + 0.4), len(datasets))
+    figure, grid = _panels(10, (8, 0.85 * len(datasets) + 0.4), len(datasets))
     for row, dataset in zip(grid, datasets, strict=True):
         for label, axes in enumerate(row):
             index = int((dataset.test_labels == label).int().argmax())

@@ -70,10 +70,6 @@ class Interval(NamedTuple):
     def __str__(self) -> str:
         return format(self)
 
-    def negated(self) -> "Interval":
-        """That of the values with the other sign."""
-        return Interval(-self.mean, self.high and -self.high, self.low and -self.low, self.n)
-
 
 def interval(values: Iterable[float], percent: bool = False) -> Interval | None:
     """The :class:`Interval` of some values, one a seed; what is nan doesn't count. None without any value.
@@ -88,11 +84,9 @@ def interval(values: Iterable[float], percent: bool = False) -> Interval | None:
     n, mean = len(found), float(found.mean())
     if n < 2:
         return Interval(mean, None, None, n) if n else None
-    scale, back = (special.logit, special.expit) if percent else (np.asarray, np.asarray)
-    scaled = scale(found.clip(0.01, 99.99) / 100 if percent else found)
-    half = stats.t.ppf(0.975, n - 1) * scaled.std(ddof=1) / n**0.5
-    low, high = (float(back(scaled.mean() + sign * half)) * (100 if percent else 1) for sign in (-1, 1))
-    return Interval(mean, low, high, n)
+    scaled = special.logit(found.clip(0.01, 99.99) / 100) if percent else found
+    ends = scaled.mean() + np.array([-1, 1]) * stats.t.ppf(0.975, n - 1) * scaled.sem()
+    return Interval(mean, *(100 * special.expit(ends) if percent else ends).tolist(), n)
 
 
 def fraction(share: float) -> str:
@@ -145,9 +139,8 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
     parts |= {"confidence": ("other", "confidence"), "sampling": ("after", "sampling"), "shared": ("after", "shared")}
     for name, (role, column) in parts.items():
         levels = by if role in ("after", "renamed") else [level for level in by if level not in _OF_SUM]
-        if column in frame:
-            cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
-            found = found.join(cells.rename(name), on=levels)
+        cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
+        found = found.join(cells.rename(name), on=levels)
     return found.assign(
         gap=found["before"] - found["after"],
         kept=100 * found["after"] / found["before"].clip(lower=0.1),
