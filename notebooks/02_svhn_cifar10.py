@@ -135,7 +135,7 @@ tables.shown(layer_table, marked=[TRAINED])
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Heat maps of validation accuracy over the two coefficients, one row for each method, one column for each task; a star marks the plain sum, circles the two networks alone."}}
 planes = {m: measure.plane(study, m, MAIN, SUPPORT) for m in (BASELINE, TRAINED)}
-plots.plane(planes, (MAIN, SUPPORT), "The plain sum (star) between the two networks (circles), seed 0")
+plots.plane(planes, (MAIN, SUPPORT), "The plain sum (star) and the two networks (circles), seed 0")
 
 # %% [markdown]
 # ## Finding

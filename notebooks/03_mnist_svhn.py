@@ -177,7 +177,7 @@ tables.shown(merged_table)
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Heat maps of validation accuracy over the two coefficients, one row for each method, one column for each task; a star marks the plain sum, circles the two networks alone."}}
 planes = {m: measure.plane(study, m, FIRST, SECOND, strangers=True) for m in (TRAINED, DISJOINT)}
-plots.plane(planes, (FIRST, SECOND), "The plain sum (star) of two networks that never met (circles), seed 0")
+plots.plane(planes, (FIRST, SECOND), "The plain sum (star) and two networks that never met (circles), seed 0")
 
 # %% [markdown]
 # ## What the stand-ins are worth

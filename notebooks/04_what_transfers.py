@@ -135,7 +135,7 @@ one_layer = [
 by_layer = tables.summarize(tables.wide(pd.concat(one_layer)), ["layer", "tested"])
 worst_layer = by_layer["interference"].map(lambda cell: cell.mean).groupby("layer").mean().idxmax()
 plots.lost_by_layer(
-    by_layer, f"By the means of both tasks the sum loses most to collisions in {worst_layer.rpartition('.')[2]}"
+    by_layer, f"Collisions in one layer alone: by the means the sum loses most in {worst_layer.rpartition('.')[2]}"
 )
 
 # %% [markdown]
@@ -145,10 +145,11 @@ plots.lost_by_layer(
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum keeps, in percent, against the share of the network's channels that the other network uses too, a point for each draw of the keys, with room by layer and with equal room in all layers."}}
 of_draws = wide.xs(HEADLINE, level="share")
 of_draws = of_draws[of_draws.index.get_level_values("line").isin([recipe, equal_room])]
-ranked = of_draws.groupby("tested")[["shared", "kept"]].corr("spearman")["kept"].xs("shared", level=1)
+ranked = of_draws.xs(recipe, level="line").groupby("tested")[["shared", "kept"]].corr("spearman")["kept"]
+ranked = ranked.xs("shared", level=1)
 correlation = " and ".join(f"{ranked[n]:.2f} on {tables.title(n)}".replace("-", "−") for n in BOTH)
 message = "What a sum of two strangers keeps, and how many channels they share"
-plots.by_draw(of_draws, f"{message}: rank correlation {correlation}" if p.draws > 2 else message)
+plots.by_draw(of_draws, f"{message}: rank correlation in the recipe {correlation}" if p.draws > 2 else message)
 
 # %% [markdown]
 # ## What each part is worth
@@ -210,8 +211,8 @@ tables.shown(law_table)
 # %% tags=["hide-input"]
 fitting = {tables.fraction(k): law.networks(k, 99) for k in SHARES[1:]}
 Markdown(
-    f"By the law (c = {law.scale:.3g}, b = {law.power:.2f}) so many networks fit if the mean over their tasks is to keep "
-    "99 % of what their ensemble reads: "
+    f"By the law (c = {law.scale:.3g}, b = {law.power:.2f}), which counts what keys lose and not what the ensemble itself "
+    "has lost to loudness, the mean over tasks keeps 99 % of what the ensemble reads with so many networks (1: no sum): "
     + ", ".join(f"{n} at {k}" for k, n in fitting.items())
     + ", as far as the law holds; single tasks lie above and below the mean. Under disjoint keys, which are agreed on, "
     "it is 1 / k of them."

@@ -58,9 +58,10 @@ for halved in p.halves:
     finding += f"{tables.title(halved)}: the {SUM[0]} ({SUM[1]}) reads {after[(halved, *SUM)]} % of all ten classes"
     for words, (other, least) in TARGETS.items():
         points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
-        target = f"aimed at: {least} or more, {findings.judge(points, least)}".replace("-", "−")
+        target = f"the target, {least} or more, is {findings.judge(points, least)}".replace("-", "−")
         finding += f", {points} points above {words} ({target})"
-    finding += ". "
+    best = after.xs((halved, beside.ENSEMBLE), level=("task", "way")).map(lambda cell: cell.mean)
+    finding += f". The best ensemble is that of {best.idxmax()}: {best.max():.1f} %. "
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved and each architecture; the dashed line is the best ensemble. The table below holds the numbers."}}

@@ -11,7 +11,6 @@ from weightsum_lib.report.tables import Interval, fraction, paired, title
 from weightsum_lib.study.params import BASELINE, DISJOINT, RANDOM, TRAINED
 
 CHANCE = 10.0  # percent, ten classes
-KEEPS = "keeps the skill"
 _SACRIFICED = {
     "yes": "",
     "no": ", but its networks were already worse before the sum than those trained alone",
@@ -30,7 +29,7 @@ def verdict(before: float, after: float) -> str:
     if before < CHANCE + 10:
         return "had no skill to keep"
     if after >= 0.99 * before:
-        return KEEPS
+        return "keeps the skill"
     if after >= 0.90 * before:
         return "nearly keeps the skill"
     return "keeps a part of the skill" if after >= CHANCE + 0.25 * (before - CHANCE) else "loses the skill"
@@ -70,26 +69,44 @@ def counts(rows: pd.DataFrame, method: str, baseline: str, margins: Mapping[str,
     return "no" if "missed" in found else "undecided" if "undecided" in found else "yes"
 
 
-def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> str:
-    """The study's answer, in two sentences.
+def shares(rows: pd.DataFrame, what: str, task: str, method: str, named: bool = True) -> str:
+    """What a method reads of each dataset, percent on average: "23.9 % of MNIST and 24.5 % of SVHN", or the numbers.
 
     Args:
         rows: of the front page, with ``task``, ``method``, ``before`` and ``after``.
+        what: "before" or "after" the sum, or what is "kept" of the one in the other.
+        task: how the names of the tasks begin, a pattern.
+        method: the method.
+        named: whether the datasets are.
+    """
+    of = rows[rows["task"].str.match(task) & (rows["method"] == method)]
+    before, after = (of[end].map(lambda cell: cell.mean) for end in ("before", "after"))
+    values = {"before": before, "after": after, "kept": 100 * after / before}[what]
+    datasets = of["task"].str.split(": ").str[-1]
+    each = [f"{value:.1f}" + f" % of {name}" * named for value, name in zip(values, datasets, strict=True)]
+    return " and ".join(each) + " %" * (not named) if each else "–"
+
+
+def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
+    """The study's answer, in two sentences, and what it costs.
+
+    Args:
+        rows: of the front page, see :func:`shares`.
         found: the results by notebook; those of task 1 say what becomes of CIFAR-10.
     """
     lost = found.get("01_mnist_cifar10", {}).get("values", {}).get("joint_ce.after_cifar10")
     lost = f" (of CIFAR-10 itself the sum of task 1 then reads {lost:.0f} %, by chance 10)" if lost else ""
-
-    def kept(tasks: str, method: str) -> str:
-        found = rows[rows["task"].str.match(tasks) & (rows["method"] == method)].set_index("task")
-        shares = {task: 100 * row["after"].mean / row["before"].mean for task, row in found.iterrows()}
-        return " and ".join(f"{share:.0f} % of {task.split(': ')[-1]}" for task, share in shares.items()) or "–"
-
+    apart, strangers = (shares(rows, "kept", task, BASELINE) for task in ("Task [12]", "Task 3"))
+    paired, met_others = (shares(rows, "kept", task, TRAINED, named=False) for task in ("Task [12]", "Task 3"))
+    recipe = shares(rows, "kept", "Task 3", RANDOM, named=False)
+    alone, after = shares(rows, "before", "Task 3", BASELINE, named=False), shares(rows, "after", "Task 3", RANDOM)
     return (
-        f"Added to a CIFAR-10 network, the sum keeps {kept('Task [12]', BASELINE)} if the two were trained apart, "
-        f"{kept('Task [12]', TRAINED)} if they were trained to be added{lost}. The sum of an MNIST and an SVHN network "
-        f"that never met keeps {kept('Task 3', TRAINED)} if each was only trained to be added to another, and "
-        f"{kept('Task 3', RANDOM)} if they were trained by the recipe of this study."
+        f"Added to a CIFAR-10 network, the sum keeps {apart} if the two were trained apart, {paired} if they were "
+        f"trained to be added{lost}. The sum of an MNIST and an SVHN network that never met keeps {strangers} if each "
+        f"was trained alone, {met_others} if each was trained to be added to another, and {recipe} by the recipe of "
+        "this study.",
+        f"The recipe has a price: its networks are small and lie in a wider one. Their sum reads {after}, dense "
+        f"networks of full width, each trained alone, read {alone}. Who has both datasets trains one network on both.",
     )
 
 
@@ -102,10 +119,14 @@ def of_pair(summary: pd.DataFrame, counted: str, task: str) -> str:
         task: title of the main task.
     """
     apart, together = summary.loc[BASELINE], summary.loc[TRAINED]
+    from_sum, from_main = (summary["after"].get(f"sequential, from {start}") for start in ("the sum", "θ_main"))
+    tuned = (
+        f" Fine-tuned, the sum reads {from_sum} %, as many steps from θ_main alone {from_main} %." if from_sum else ""
+    )
     return (
         f"Trained to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
         f"network alone reads {together['before']} %{_SACRIFICED[counted]}. The sum of two networks that were trained "
-        f"apart {verdict_of(apart)}: {apart['after']} %."
+        f"apart {verdict_of(apart)}: {apart['after']} %.{tuned}"
     )
 
 
@@ -116,6 +137,7 @@ def of_strangers(summary: pd.DataFrame) -> str:
         summary: a row a method and tested task.
     """
     ways = {
+        BASELINE: "Of dense networks that were trained alone",
         TRAINED: "Of dense networks that were each trained to be added to a CIFAR-10 network",
         RANDOM: "Under random keys of which the networks know nothing, trained by the recipe",
         DISJOINT: "Under disjoint keys, which are agreed on, the state dicts added as they are",

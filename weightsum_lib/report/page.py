@@ -8,7 +8,7 @@ import pandas as pd
 import yaml
 
 from weightsum_lib.report import plots
-from weightsum_lib.report.findings import KEEPS, answer, judge, verdict_of
+from weightsum_lib.report.findings import answer, judge, shares, verdict_of
 from weightsum_lib.report.tables import Interval, as_json, data_notice, table, title
 from weightsum_lib.study import params, store
 from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, TRAINED
@@ -52,7 +52,8 @@ def write_headline(folder: Path, target: Path) -> None:
     data = {name: about for of in made for name, about in of["data"].items()}
     tables = {"answer": _answer(kinds), "claims": _claims(found), "data": _data(data)}
     tables["headline"] = table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"])
-    values = {"data_notice": data_notice(data), "run_notice": _run_notice(last), "answer": answer(rows, found)}
+    values = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
+    values["answer"], values["price"] = answer(rows, found)
     values["times"] = f"{len(runs)} networks took {minutes[0]} minutes of one core to train and {minutes[1]} to test"
     for name in params.STANDING:
         if alone := store.read_json(target / f"{name}.json"):
@@ -60,8 +61,8 @@ def write_headline(folder: Path, target: Path) -> None:
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)
-    keep = kinds["verdict"].eq(KEEPS).groupby("networks").all()
-    message = f"By the means 99 % of both skills is kept by: {'; '.join(keep[keep].index) or 'none of these'}"
+    recipe, plain = (shares(rows, "kept", "Task 3", method) for method in (RANDOM, BASELINE))
+    message = f"The sum of strangers keeps {recipe} by the recipe, {plain} if they were trained alone"
     plots.use_style()
     plots.save(plots.before_after(kinds, message), target / "headline.png")
 
@@ -150,4 +151,4 @@ def readme_headline(published: Path) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     figure = "![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)"
     made_with = f"{values['run_notice']} {values['data_notice'].replace('on this page', 'here')}"
-    return f"**{values['answer']}**\n\n{figure}\n\n{table}\n\n{made_with}\n"
+    return f"**{values['answer']}** {values['price']}\n\n{figure}\n\n{table}\n\n{made_with}\n"

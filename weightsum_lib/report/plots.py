@@ -26,7 +26,7 @@ _COLOURS = [BEFORE, AFTER, CONTROL, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _MARKERS = "osD^vP*X"
 _LINES = cycler(color=_COLOURS * 8) + cycler(marker=[*_MARKERS] * 7)  # no two of 56 look the same
 _NETWORKS = {  # how the columns of a summary are shown
-    "before": {"label": "alone, before the sum", "color": BEFORE, "fmt": "o", "mfc": "white"},
+    "before": {"label": "alone, before the sum", "color": BEFORE, "fmt": "o", "mfc": "none", "zorder": 3},
     "after": {"label": "the sum", "color": AFTER, "fmt": "o"},
     "other": {"label": "control: the other network alone", "color": CONTROL, "fmt": "D", "mfc": "white"},
 }
@@ -99,7 +99,7 @@ def before_after(summary: pd.DataFrame, message: str) -> Figure:
         axes.hlines(y, *(_spread(rows[end])[0] for end in ("before", "after")), color="0.7", lw=2, zorder=1)
         for network, look in _NETWORKS.items():
             means, halves = _spread(rows[network])
-            axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, zorder=2, **look)
+            axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, **{"zorder": 2, **look})
         axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
         axes.set_yticks(y, rows.index.get_level_values(0))
         axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 103))
@@ -311,6 +311,8 @@ def capacity(rows: pd.DataFrame, law: Callable, message: str) -> Figure:
     style = {"hue": "line", "style": "line", "markers": dict(zip(means["line"].unique(), _MARKERS, strict=False))}
     sns.lineplot(means, x="networks", y="kept", dashes=False, errorbar=None, ax=left, **style)
     sns.scatterplot(means[random], x="others", y="kept_of_ensemble", legend=False, ax=right, **style)
+    of_most = means[random & (means["networks"] == means["networks"].max())]
+    right.plot(of_most["others"], of_most["kept_of_ensemble"], "ko", ms=13, mfc="none", label="not in the fit")
     shares = means.loc[random, "share"]
     x = np.geomspace(shares.min(), (means["networks"].max() - 1) * shares.max())
     right.plot(x, law(1 + x, 1.0), "k-", marker="", lw=1, label="the law")
@@ -333,11 +335,12 @@ def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str,
     figure, ((*panels,),) = _panels(len(tasks := summary.index.unique("task")), (5 + 2 * len(tasks), 7), sharey=True)
     for axes, task in zip(panels, tasks, strict=True):
         rows = summary.xs(task, level="task")
-        for i, (pair, own) in enumerate(rows.groupby("networks", sort=False)):
+        for pair, own in rows.groupby("networks", sort=False):
             mean, ends = _spread(own["after"])
             own_ways = [ways.index(way) for way in own.index.get_level_values("way")]
-            look = {"fmt": _MARKERS[pairs.index(pair) % 8], "color": AFTER if pair.startswith(ours) else BEFORE}
-            axes.errorbar(mean, own_ways, xerr=ends, ms=7, alpha=0.8, mfc="none" if i % 2 else None, label=pair, **look)
+            number, color = pairs.index(pair), AFTER if pair.startswith(ours) else BEFORE
+            look = {"fmt": _MARKERS[number % 8], "color": color, "mfc": "none" if number % 2 else color}
+            axes.errorbar(mean, own_ways, xerr=ends, ms=7, alpha=0.8, label=pair, **look)
         for name, values in published.items() if task.startswith("cifar10") else ():
             axes.plot(list(values.values()), [ways.index(w) for w in values], "D", color="0.5", mfc="none", label=name)
         best = max(cell.mean for (way, _), cell in rows["after"].items() if way.startswith("ensemble"))
