@@ -64,7 +64,7 @@ for halved in p.halves:
     finding += f". The best ensemble is that of {best.idxmax()}: {best.max():.1f} %. "
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved and each architecture; the dashed line is the best ensemble. The table below holds the numbers."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved; the dashed line is the best ensemble. The table below holds the numbers."}}
 of_others = after[~way.str.contains("under|ensemble|told")].loc[p.halves[0]]
 best = of_others.map(lambda cell: cell.mean).idxmax()
 plots.merged(

@@ -41,10 +41,16 @@ def right(study, answers, tested="mnist"):
     return 100 * (logits.argmax(1) == dataset.test_labels).double().mean().item()
 
 
-def test_each_network_learns_its_half_beside_the_other_halfs_images_or_another_dataset(study):
-    for arch in ("vgg8", "resnet20"):
-        halved = "mnist" if arch == "vgg8" else f"mnist {arch}"
-        seen, unseen = cases(study, halved, DISJOINT)
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory):
+    rows = dict.fromkeys((ALONE, DISJOINT))
+    tiny = {"arch": "resnet20", "width": 1.0, "only_page": 5, "rows": {}, "halves": ["mnist"], "epochs": 1}
+    return Study(tiny_params(tmp_path_factory.mktemp("residual"), merged=rows, **tiny))
+
+
+def test_each_network_learns_its_half_beside_the_other_halfs_images_or_another_dataset(study, residual):
+    for of, arch in ((study, "vgg8"), (residual, "resnet20")):
+        seen, unseen = cases(of, "mnist", DISJOINT)
         for each, supports in ((seen, HALVES[::-1]), (unseen, ("cifar10", "cifar10"))):
             for (case,) in each.values():
                 assert [m.config.main for m in case.what.members] == list(HALVES) == [m.task for m in case.what.members]
@@ -55,7 +61,7 @@ def test_each_network_learns_its_half_beside_the_other_halfs_images_or_another_d
             f"{DISJOINT}, seen",
             f"{DISJOINT}, unseen",
         }
-        alone, _ = cases(study, halved, ALONE)
+        alone, _ = cases(of, "mnist", ALONE)
         assert not any(member.config.support for each in alone.values() for member in each[0].what.members)
 
 
@@ -111,11 +117,6 @@ def test_what_gets_most_validation_images_right_on_the_mean_of_the_tasks_is_chos
     assert [c.what.coefficients for c in beside._chosen(study, [candidates, candidates[:1]])] == [(0.3,), (0.2,)]
 
 
-def test_another_network_has_the_rows_that_say_whether_the_finding_needs_a_vgg(study):
-    assert list(beside._cases(study, "mnist", "shared start, keyed size", 0))
-    assert not list(beside._cases(study, "mnist resnet20", "shared start, keyed size", 0))
-
-
 def test_the_weights_of_what_is_merged_are_counted(frame):
     weights = frame[frame["method"] != "shared start, keyed size"].groupby("network")["weights"].mean()
     for way, wanted in {"average": 1, "sum": 1, "RegMean": 1, beside.ENSEMBLE: 2, "sum under disjoint keys": 2}.items():
@@ -123,10 +124,10 @@ def test_the_weights_of_what_is_merged_are_counted(frame):
     assert 1.5 < weights[beside.PART] < 2
 
 
-def test_a_residual_network_is_zipped_too(study):
-    ((zipped, *_), (apart,)) = (cases(study, "mnist resnet20", ALONE)[0][way] for way in ("ZipIt!", beside.ENSEMBLE))
-    made, member = measure.made(study, zipped.what), study.run(zipped.what.members[0].config).networks["main"]
+def test_a_residual_network_is_zipped_too(residual):
+    ((zipped, *_), (apart,)) = (cases(residual, "mnist", ALONE)[0][way] for way in ("ZipIt!", beside.ENSEMBLE))
+    made, member = measure.made(residual, zipped.what), residual.run(zipped.what.members[0].config).networks["main"]
     assert [p.shape for p in made.parameters()] == [p.shape for p in member.parameters()]
-    of_all = accuracy(measure.frame(study, [apart]), tested="mnist")
-    networks = measure.made(study, apart.what).networks
-    assert isinstance(networks, torch.nn.ModuleList) and of_all == right(study, networks)
+    of_all = accuracy(measure.frame(residual, [apart]), tested="mnist")
+    networks = measure.made(residual, apart.what).networks
+    assert isinstance(networks, torch.nn.ModuleList) and of_all == right(residual, networks)

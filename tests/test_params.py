@@ -153,7 +153,7 @@ def test_a_row_is_held_against_networks_of_its_own_size():
         ({"learning_rate": math.inf}, r"'learning_rate' .* at most 100, got inf"),
         ({"weight_decay": math.nan}, r"'weight_decay' .* must be float from 0 to 100, got nan"),
         ({"width": "1/0"}, r"'width' .* must be float from 0.015625 to 8, got '1/0'"),
-        ({"arch": "vgg11"}, r"'arch' .* must be str 'vgg8' or 'vgg16', got 'vgg11'"),
+        ({"arch": "vgg11"}, r"'arch' .* must be str 'vgg8' or 'vgg16' or 'resnet20', got 'vgg11'"),
         ({"epoch_images": 8}, r"'epoch_images' \(8\) is less than one batch \(32\)"),
         ({"calibration_images": 600}, r"'calibration_images' is more than nine tenths"),
         ({"allow_standin": ["shvn"]}, r"'allow_standin' names 'shvn'; did you mean 'svhn'\?"),

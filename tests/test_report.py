@@ -170,7 +170,10 @@ def test_the_finding_on_a_pair_turns_with_the_numbers(pairs):
     worse = tables.wide(PAIRS.assign(accuracy=PAIRS["accuracy"].where(PAIRS["network"] != "sum", 15.0)), OWN)
     text = findings.of_pair(on_mnist(worse), "no", "MNIST")
     assert "already worse before the sum" in text and "the sum loses the skill" in text
-    assert "is undecided" in findings.of_pair(on_mnist(pairs), "undecided", "MNIST")
+    assert "is undecided" in findings.of_pair(on_mnist(pairs), "undecided", "MNIST") and "Fine-tuned" not in text
+    tuned = on_mnist(pairs).rename({"independent": "sequential, from the sum", "joint ce": "sequential, from θ_main"})
+    text = findings.of_pair(pd.concat([on_mnist(pairs), tuned]), "yes", "MNIST")
+    assert "Fine-tuned, the sum reads 13.0" in text and "as many steps from θ_main alone 97.5" in text
 
 
 def test_what_counts_is_not_inferior_by_the_end_of_its_interval(pairs):
@@ -185,12 +188,13 @@ def test_what_counts_is_not_inferior_by_the_end_of_its_interval(pairs):
 def test_the_finding_on_strangers_says_what_each_kind_keeps():
     frame = [
         row
-        for m, k in (("joint ce", 0.2), ("random keys", 0.9), ("disjoint keys", 1))
+        for m, k in (("independent", 0.3), ("joint ce", 0.2), ("random keys", 0.9), ("disjoint keys", 1))
         for row in strangers(m, 0, kept=k)
     ]
     text = findings.of_strangers(tables.summarize(tables.wide(pd.DataFrame(frame)), ["method", "tested"]))
     for words in ("added to a CIFAR-10 network, the sum keeps 20.0 % of MNIST and 20.0 % of SVHN",
-                  "trained by the recipe, the sum keeps 90.0 %", "added as they are, the sum keeps 100.0 %"):  # fmt: skip
+                  "trained alone, the sum keeps 30.0 %", "trained by the recipe, the sum keeps 90.0 %",
+                  "added as they are, the sum keeps 100.0 %"):  # fmt: skip
         assert words in text
 
 

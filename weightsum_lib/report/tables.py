@@ -113,7 +113,7 @@ def title(name: str) -> str:
     >>> title("svhn inverted")
     'SVHN inverted'
     """
-    return " ".join((DATASETS | {"resnet20": "on ResNet-20"}).get(word, word) for word in name.split(" "))
+    return " ".join(DATASETS.get(word, word) for word in name.split(" "))
 
 
 def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFrame:

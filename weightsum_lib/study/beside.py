@@ -10,7 +10,7 @@ import pandas as pd
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.study import measure
 from weightsum_lib.study.measure import NARROW, SHARE, Case
-from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, SHARED, Method
+from weightsum_lib.study.params import BASELINE, SHARED, Method
 from weightsum_lib.study.runs import Study
 from weightsum_lib.study.sums import OWN, Member, Sum, keyed, made
 
@@ -45,18 +45,16 @@ PUBLISHED = {"Git Re-Basin": 46.2, "matching by activations": 58.4, "ZipIt!": 79
 
 def _cases(study: Study, halved: str, row: str, seed: int) -> Iterator[list[Case]]:
     """What is tested of one row, each as the candidates of which one is chosen."""
-    p, m, (dataset, _, arch) = study.params, study.params.method(row), halved.partition(" ")
-    if arch and row not in (ALONE, RANDOM, DISJOINT):
-        return  # there it is asked whether the finding needs a VGG
-    halves, joint = tuple(f"{dataset} {half}" for half in HALVES), m.protocol == "joint"
+    p, m = study.params, study.params.method(row)
+    halves, joint = tuple(f"{halved} {half}" for half in HALVES), m.protocol == "joint"
     partners = {"": halves[::-1]} if not joint else {", seen": halves[::-1]}
     if m.third != "none":
-        partners[", unseen"] = (_UNSEEN[dataset],) * 2
+        partners[", unseen"] = (_UNSEEN[halved],) * 2
     for said, partner in partners.items():
         networks = [(half, beside, "main") for half, beside in zip(halves, partner, strict=True)]
-        pair = tuple(_with_arch(member, arch) for member in measure.members(study, row, networks, seed))
+        pair = tuple(measure.members(study, row, networks, seed))
         case = partial(Case, halved, row + said, seed)
-        tested = (dataset, *halves)
+        tested = (halved, *halves)
         yield from (each for each in _merged(case, pair, tested, m) if m.third == "none" or each[0].network == ENSEMBLE)
         if m.keys != "none":
             total, policy = keyed(study, row, pair, SHARE, narrow=NARROW), measure.headline_policy(p, row)
@@ -73,12 +71,6 @@ def _merged(case: partial, pair: tuple[Member, ...], tested: tuple[str, ...], m:
                 yield [case(way, Sum(each, ordered, how), policy, ordered[:1])]
         else:
             yield [case(way, Sum(pair, tasks, how, coefficients=c), policy, tested) for c in grid]
-
-
-def _with_arch(member: Member, arch: str) -> Member:
-    """The network of another architecture, which is narrow: of width 1 where the profile's is ½ or more."""
-    config = member.config
-    return replace(member, config=replace(config, arch=arch, width=min(4.0, 8 * config.width))) if arch else member
 
 
 def all_cases(study: Study) -> list[list[Case]]:
@@ -105,7 +97,7 @@ def frame(study: Study) -> pd.DataFrame:
     found = measure.frame(study, chosen).assign(weights=weights)
     told = found[found["network"] == SIGNS]
     told = told.groupby(["task", "method", "seed", "network"], as_index=False)[["accuracy", "weights"]].mean()
-    found = pd.concat([told.assign(tested=told["task"].str.partition(" ")[0]), found])
+    found = pd.concat([told.assign(tested=told["task"]), found])
     return found.sort_values(["task", "tested"], kind="stable", ignore_index=True)
 
 

@@ -118,7 +118,7 @@ class Params:
     """All knobs of one profile; ``rows`` and ``parts`` hold a :class:`Method` for each label."""
 
     profile: str = _knob("name of the profile", (re.compile(r"[\w-]{1,40}").fullmatch, "letters, digits, _ and -"))
-    arch: str = _knob("architecture", _one_of("vgg8", "vgg16"))
+    arch: str = _knob("architecture", _one_of("vgg8", "vgg16", "resnet20"))
     in_channels: int = _knob("channels of the input, 1 (grey) or 3 (colour)", _one_of(1, 3))
     width: float = _knob("factor on the channels and hidden units", _from(1 / 64, 8))
     dropout: float = _knob("probability to drop a hidden unit", (lambda v: 0 <= v < 1, "at least 0 and less than 1"))
@@ -142,7 +142,7 @@ class Params:
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
     merged: dict = _knob("label: recipe of each row whose networks the page beside others merges")
-    halves: list = _knob("what that page halves: datasets, their classes 0-4 and 5-9, or such with ' resnet20' behind")
+    halves: list = _knob("datasets whose classes 0-4 and 5-9 are two tasks on that page")
     allow_standin: list = _knob("datasets that may be replaced by the synthetic stand-in")
     data_dir: str = _knob("folder of the prepared datasets; empty: none", (_is_folder, "a path without ~, not long"))
     results_dir: str = _knob("folder of the results", (_is_inside, "a folder in the repository, or an absolute path"))
@@ -280,10 +280,9 @@ def _against(p: Params) -> Iterator[str]:
         if slugs.setdefault(slug(label), label) != label:
             yield f"the labels '{slugs[slug(label)]}' and '{label}' are one in the names of results; change one"
         yield from (f"method '{label}': {why}" for why in _against_method(p, label))
-    known = {"allow_standin": list(DATASETS), "halves": [n + arch for n in DATASETS for arch in ("", " resnet20")]}
-    for knob, names in known.items():
-        for name in (name for name in getattr(p, knob) if name not in names):
-            yield f"'{knob}' names {reprlib.repr(name)}; {_nearest(name, names)}"
+    for knob in ("allow_standin", "halves"):
+        for name in (name for name in getattr(p, knob) if name not in list(DATASETS)):
+            yield f"'{knob}' names {reprlib.repr(name)}; {_nearest(name, DATASETS)}"
     training = p.train_images - p.train_images // 10
     rules = {
         f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
