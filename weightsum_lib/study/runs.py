@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import secrets
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,13 +31,6 @@ _MOST_AT_ONCE, _WORKER = 4, 3 << 29  # a worker takes up to a gigabyte and a hal
 _LOADED = 1 << 28  # bytes of networks that a process keeps in memory
 
 
-def code_roots(config: RunConfig) -> list[str]:
-    """Where the code of a run begins: what it looks up by name, its architecture for example, is named here."""
-    functions = [f for of_kind in train.hooks(config.method).values() for f in of_kind]
-    named = [f"core.models:{config.arch}", f"core.losses:{config.method.third}"]
-    return ["study.train:train", "study.config:RunConfig", *named, *(f"study.train:{f.__name__}" for f in functions)]
-
-
 def run_content(config: RunConfig, digests: Mapping[str, str], device: str) -> dict:
     """What a run is cached under: all that it uses and no more.
 
@@ -48,8 +42,12 @@ def run_content(config: RunConfig, digests: Mapping[str, str], device: str) -> d
         digests: of the training images, by dataset (:attr:`weightsum_lib.Dataset.training_digest`).
         device: "cpu" or "cuda".
     """
-    roots, values = code_roots(config), asdict(config)
-    read, method = store.attributes(*roots), values.pop("method")
+    # where its code begins: what it looks up by name, its architecture for example, is a root as well
+    roots = ["study.train:train", "study.config:RunConfig"]
+    roots += [f"core.models:{config.arch}", f"core.losses:{config.method.third}"]
+    roots += [f"study.train:{hook.__name__}" for hooks in train.hooks(config.method).values() for hook in hooks]
+    read, values = store.attributes(*roots), asdict(config)
+    method = values.pop("method")
     return {
         "config": {name: value for name, value in values.items() if name in read},
         "method": {name: value for name, value in method.items() if name in read},
@@ -218,12 +216,10 @@ class Study:
         return store.read_sealed(self.folder(config) / "run.json") is None
 
     def _train(self, missing: Sequence[RunConfig]) -> None:
-        done = self.results / "training.done"
-        done.unlink(missing_ok=True)
         missing = sorted(missing, key=lambda config: (config.seed, -work(config)))  # of a seed the longest first
         numbers = {config: number for number, config in enumerate(missing, start=1)}
-        with self._workers(len(missing)) as (workers, mark, shared):
-            say = workers.hear(functools.partial(pool.say_epoch, sum(map(work, missing)), str(done), time.time()))
+        with tempfile.NamedTemporaryFile() as done, self._workers(len(missing)) as (workers, mark, shared):
+            say = workers.hear(functools.partial(pool.say_epoch, sum(map(work, missing)), done.name, time.time()))
 
             def job(config):
                 epochs, about = config.trained_epochs, f"run {numbers[config]}/{len(missing)} {config.describe()}"
@@ -236,7 +232,6 @@ class Study:
 
             for config, files in workers.each(missing, job, self.parents):
                 store.unpack(self.folder(config), files)
-        done.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _workers(self, jobs: int) -> Iterator[tuple[pool.Pool, str, bool]]:
