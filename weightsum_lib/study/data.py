@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from weightsum_lib.study import store
@@ -202,8 +202,7 @@ def _missing(name: str, path: Path) -> str:
                     return ""
                 with ThreadPool(1) as pool:  # whose thread is left behind if it takes too long
                     tensors = pool.apply_async(official, (name, path.parent / "raw")).get(_PATIENCE)
-                with store.replaced(path) as temporary:
-                    save_file(tensors, temporary, {"note": _EXACT, "name": name})
+                store.write_bytes(path, save(tensors, {"note": _EXACT, "name": name}))
                 return ""
         except Exception as error:  # of any kind: no network, a cut archive, a broken pickle, an HTML page in its place
             os.environ[variable] = type(error).__name__

@@ -59,8 +59,7 @@ def accuracies(study: Study, what: Sum, policy: str, tested: Sequence[str], spli
 def sampling_error(right: str, images: int) -> float:
     """The standard error of an accuracy, percent, from which images were right, by blocks of neighbours."""
     bits = np.unpackbits(np.frombuffer(base64.b64decode(right), np.uint8))[: images // _BLOCK * _BLOCK]
-    blocks = bits.reshape(-1, _BLOCK).mean(1)
-    return 100 * float(blocks.std(ddof=1)) / len(blocks) ** 0.5 if len(blocks) > 1 else math.nan
+    return 100 * pd.Series(bits.reshape(-1, _BLOCK).mean(1)).sem()
 
 
 @dataclass(frozen=True)
