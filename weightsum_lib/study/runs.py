@@ -23,7 +23,6 @@ from weightsum_lib.core import models
 from weightsum_lib.study import data, pool, store, train
 from weightsum_lib.study.config import RunConfig, build, pick_device, pick_precision
 from weightsum_lib.study.params import DATASETS, Params, check
-from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
 version = functools.cache(metadata.version)  # it reads files each time
@@ -208,7 +207,7 @@ class Study:
             (self.folder(config) / "checkpoint.safetensors").unlink(missing_ok=True)
         if missing:
             then = "then what is still missing is trained here"
-            with store.alone(self.results / "training.lock", lambda line: report_progress(f"{line}; {then}")):
+            with store.alone(self.results / "training.lock", lambda line: pool.report_progress(f"{line}; {then}")):
                 self._train([c for c in missing if self.is_missing(c)])
 
     def is_missing(self, config: RunConfig) -> bool:
@@ -333,7 +332,7 @@ class Study:
                 for number, (path, value) in enumerate((workers if shared else pool.Pool()).each(missing, job), 1):
                     store.write_sealed(path, {"key": contents[missing[path]], **value})
                     if number % 20 == 0:  # it may take minutes
-                        report_progress(f"measured {number} of {len(missing)}")
+                        pool.report_progress(f"measured {number} of {len(missing)}")
         found = [store.read_sealed(path) for path in paths]
         self._measuring_seconds |= {path.stem: content["seconds"] for path, content in zip(paths, found, strict=True)}
         return [content["value"] for content in found]
