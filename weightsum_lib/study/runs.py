@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from timeit import timeit
 
@@ -25,7 +25,6 @@ from weightsum_lib.study.config import RunConfig, build, pick_device, pick_preci
 from weightsum_lib.study.params import DATASETS, Params, check
 from weightsum_lib.study.train import Run
 
-version = functools.cache(metadata.version)  # it reads files each time
 _MOST_AT_ONCE, _WORKER = 4, 3 << 29  # a worker takes up to a gigabyte and a half, all else up to two
 _LOADED = 1 << 28  # bytes of networks that a process keeps in memory
 
