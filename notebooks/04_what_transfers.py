@@ -59,7 +59,7 @@ recipe, plainly = "the recipe", "networks trained plainly"
 equal_room = "the recipe, equal room in all layers"
 lines = {
     recipe: measure.curve(study, [RANDOM], BOTH, SHARES),
-    equal_room: measure.curve(study, [RANDOM], BOTH, SHARES[1:], narrow=(0,), draws=3),
+    equal_room: measure.curve(study, [RANDOM], BOTH, SHARES[1:], narrow=0, draws=3),
     plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=3),
     "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="summed", draws=3),
     "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="union", draws=3),
@@ -129,7 +129,7 @@ tables.shown(room_table)
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Bars: points of accuracy that the sum loses against the ensemble when keys are random in one layer only, one group of bars a layer, for MNIST and SVHN."}}
 choosing = {"split": "val", "seeds": p.choice_seeds_of}
 one_layer = [
-    measure.curve(study, [RANDOM], BOTH, narrow=(0,), draws=5, only=layer, **choosing).assign(layer=layer)
+    measure.curve(study, [RANDOM], BOTH, narrow=0, draws=5, only=layer, **choosing).assign(layer=layer)
     for layer in room["layer"].unique()
 ]
 by_layer = tables.summarize(tables.wide(pd.concat(one_layer)), ["layer", "tested"])

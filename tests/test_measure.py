@@ -190,9 +190,13 @@ def test_redrawn_keys_move_the_networks_and_change_nothing_else(study, strangers
 
 
 def test_a_curve_has_every_share_draw_and_policy(study):
-    rows, about = ["random keys", "keys alone"], {"narrow": (0, 16), "draws": 2, "split": "val"}
-    both = (measure.curve(study, rows, ("mnist", "svhn"), (1 / 2, 1 / 32), policy=p, **about) for p in ("", "summed"))
-    frame = pd.concat(both).drop_duplicates()
+    rows, about = ["random keys", "keys alone"], {"draws": 2, "split": "val"}
+    curves = [
+        measure.curve(study, rows, ("mnist", "svhn"), (1 / 2, 1 / 32), policy=policy, narrow=narrow, **about)
+        for policy in ("", "summed")
+        for narrow in (0, 16)
+    ]
+    frame = pd.concat(curves).drop_duplicates()
     of_sum = frame[frame["network"] == "sum"]
     levels = ["method", "share", "narrow", "policy", "draw", "tested"]
     assert len(of_sum) == 2**6 and not of_sum.duplicated(levels).any()

@@ -21,8 +21,7 @@ from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.report import plots
 from weightsum_lib.report.tables import Interval, as_json, span
 from weightsum_lib.study import data, params, runs, store, train
-from weightsum_lib.study.config import pick_device, pick_precision
-from weightsum_lib.study.train import RunConfig
+from weightsum_lib.study.config import RunConfig, pick_device, pick_precision
 
 _SECONDS = 25.0  # in about which the ways of a setting are timed, three times at least
 _AHEAD = 6  # steps after which a loader has no more ready than it will have

@@ -4,7 +4,6 @@ And the tasks that are made from them: :func:`variant`.
 """
 
 import contextlib
-import difflib
 import hashlib
 import os
 import re
@@ -18,11 +17,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from weightsum_lib.study import store
-from weightsum_lib.study.params import DATASETS
+from weightsum_lib.study.params import DATASETS, nearest
 from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.synthetic import synthesize
 
@@ -102,7 +101,6 @@ def load(
     Raises:
         DataError: the prepared file is damaged, or the dataset can't be had and no stand-in is allowed.
     """
-    _check(name)
     path, source = Path(data_dir) / f"{name}.safetensors", "real"
     missing = _missing(name, path) if data_dir else "no data folder is given (data_dir is empty)"
     if not missing:
@@ -182,8 +180,8 @@ def _read_prepared(name: str, path: Path) -> tuple[dict[str, Tensor], str, str]:
         parts = zip(counts, _OFFICIAL[name], ("training", "test images"), strict=True)
         note = " and ".join(f"{n:,} of {most:,} {part}" for n, most, part in parts) + f", {note}"
     if not sidecar.exists():
-        with contextlib.suppress(OSError), store.replaced(sidecar) as temporary:  # not in a folder that is only read
-            temporary.write_text(f"{checksum}  {path.name}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # not in a folder that is only read
+            store.write_bytes(sidecar, f"{checksum}  {path.name}\n".encode())
     return tensors, checksum, note
 
 
@@ -204,8 +202,7 @@ def _missing(name: str, path: Path) -> str:
                     return ""
                 with ThreadPool(1) as pool:  # whose thread is left behind if it takes too long
                     tensors = pool.apply_async(official, (name, path.parent / "raw")).get(_PATIENCE)
-                with store.replaced(path) as temporary:
-                    save_file(tensors, temporary, {"note": _EXACT, "name": name})
+                store.write_bytes(path, save(tensors, {"note": _EXACT, "name": name}))
                 return ""
         except Exception as error:  # of any kind: no network, a cut archive, a broken pickle, an HTML page in its place
             os.environ[variable] = type(error).__name__
@@ -283,14 +280,8 @@ def variant(name: str, load: Callable[[str], Dataset]) -> Dataset:
             if not all(map(len, made.values())):
                 raise DataError(f"'{name}' leaves no image of one of the splits of '{of.name}'")
             return replace(of, name=name, **made)
-    _check(name)
-    return load(name)
-
-
-def _check(name: str) -> None:
-    """Refuse a name that is no dataset's, with the nearest dataset, or the nearest modifier if it has one behind it."""
     if name not in DATASETS:
         dataset, _, modifier = name.partition(" ")
-        given, known = (modifier, _MODIFIERS) if modifier else (dataset, DATASETS)
-        nearest = difflib.get_close_matches(given, known, n=1, cutoff=0)[0]
-        raise DataError(f"unknown dataset '{name}'; did you mean '{nearest}'? Known: {', '.join(known)}")
+        near = nearest(modifier, _MODIFIERS) if modifier else nearest(dataset, DATASETS)
+        raise DataError(f"unknown dataset '{name}'; {near}")
+    return load(name)

@@ -59,8 +59,7 @@ def accuracies(study: Study, what: Sum, policy: str, tested: Sequence[str], spli
 def sampling_error(right: str, images: int) -> float:
     """The standard error of an accuracy, percent, from which images were right, by blocks of neighbours."""
     bits = np.unpackbits(np.frombuffer(base64.b64decode(right), np.uint8))[: images // _BLOCK * _BLOCK]
-    blocks = bits.reshape(-1, _BLOCK).mean(1)
-    return 100 * float(blocks.std(ddof=1)) / len(blocks) ** 0.5 if len(blocks) > 1 else math.nan
+    return 100 * pd.Series(bits.reshape(-1, _BLOCK).mean(1)).sem()
 
 
 @dataclass(frozen=True)
@@ -221,7 +220,7 @@ def curve(
     networks: Sequence[str | tuple[str, str, str]],
     shares: Sequence[float] = (SHARE,),
     *,
-    narrow: Sequence[int] = (NARROW,),
+    narrow: int = NARROW,
     policy: str = "",
     draws: int | None = None,
     seeds: Callable[[str], Sequence[int]] | None = None,
@@ -236,22 +235,22 @@ def curve(
         networks: those that are summed (:func:`members`).
         shares: of a sum's channels that each network has, k, where keys are random. Disjoint keys are those of the
             row, or share out the sum's channels among the networks where those don't suffice.
-        narrow: for each a curve, see :class:`~weightsum_lib.study.sums.Sum`.
+        narrow: see :class:`~weightsum_lib.study.sums.Sum`.
         policy: of the batch-norm statistics; by default that of each row's headline.
         draws: of random keys, at most as many as the parameter ``draws``; by default so many.
         seeds: those of a row, by its name; by default all that it has.
         split: "test" or "val".
         about: further fields of the sums.
     """
-    cases, most = [], min(draws or study.params.draws, study.params.draws)
+    cases, numbers = [], range(study.params.draws)[:draws]
     for method in methods:
         how = policy or headline_policy(study.params, method)
         for seed in (seeds or study.params.seeds_of)(method):
             each, head = members(study, method, networks, seed), (str(len(networks)), method, seed)
             cases += _alone(head, each, split)
             random = study.params.method(method).keys == "random"
-            for share, least, number in product(shares, narrow, range(most)) if random else [(None, 0, 0)]:
-                total = keyed(study, method, each, share, narrow=least, draw=number, **about)
+            for share, number in product(shares, numbers) if random else [(None, 0)]:
+                total = keyed(study, method, each, share, narrow=narrow, draw=number, **about)
                 cases.append(Case(*head, "sum", total, how, total.tasks, split))
     return frame(study, cases)
 
@@ -402,7 +401,7 @@ def layers(study: Study, main: str, support: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def histories(study: Study, main: str, support: str, seed: int = 0) -> dict[str, list[dict]]:
-    """The epochs of every joint row of the profile, by method (:func:`weightsum_lib.study.train.train`)."""
+def histories(study: Study, main: str, support: str) -> dict[str, list[dict]]:
+    """The epochs of every joint row of the profile, seed 0, by method (:func:`weightsum_lib.study.train.train`)."""
     joint = [m for m in study.params.rows if study.params.method(m).protocol == "joint"]
-    return {m: study.run(study.config(m, main, support, seed)).history for m in joint}
+    return {m: study.run(study.config(m, main, support)).history for m in joint}

@@ -190,7 +190,8 @@ def slug(label: str) -> str:
     return re.sub(r"\W+", "_", label).casefold()
 
 
-def _nearest(key, known) -> str:
+def nearest(key, known) -> str:
+    """What a reader is told of a name that is not known: the one that it may mean, or all that there are."""
     near = difflib.get_close_matches(str(key)[:60], known := list(map(str, known)), n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
 
@@ -213,7 +214,7 @@ def _make(cls, values: Mapping, where: str):
     known, made = {f.name: f for f in fields(cls)}, {}
     for key in values:
         if key not in known:
-            raise ParamsError(f"{where}: unknown parameter '{str(key)[:60]}'; {_nearest(key, known)}")
+            raise ParamsError(f"{where}: unknown parameter '{str(key)[:60]}'; {nearest(key, known)}")
     for name, knob in known.items():
         check, expected = knob.metadata["rule"]
         made[name] = value = _meant(knob.type, values.get(name, knob.default))
@@ -240,7 +241,7 @@ def _row(label, said, recipes: Mapping, where: str) -> Method:
     if not isinstance(switches, Mapping):
         raise ParamsError(f"{where} must be empty, a number of seeds, or switches, got {reprlib.repr(said)}")
     if not known and "protocol" not in switches:
-        raise ParamsError(f"{where}: no 'protocol', and no recipe of that name; {_nearest(label, recipes)}")
+        raise ParamsError(f"{where}: no 'protocol', and no recipe of that name; {nearest(label, recipes)}")
     own = _make(Method, switches if "protocol" in switches else {**recipes[label], **switches}, where)
     recipe = _make(Method, recipes[label], f"params/recipes.yaml: method '{label}'") if known else own
     for switch in _NAMED:
@@ -282,7 +283,7 @@ def _against(p: Params) -> Iterator[str]:
         yield from (f"method '{label}': {why}" for why in _against_method(p, label))
     for knob in ("allow_standin", "halves"):
         for name in (name for name in getattr(p, knob) if name not in list(DATASETS)):
-            yield f"'{knob}' names {reprlib.repr(name)}; {_nearest(name, DATASETS)}"
+            yield f"'{knob}' names {reprlib.repr(name)}; {nearest(name, DATASETS)}"
     training = p.train_images - p.train_images // 10
     rules = {
         f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
@@ -365,7 +366,7 @@ def read(profile: str, overrides: Mapping | None = None) -> Params:
         ParamsError: no such profile, not YAML, or a knob that :func:`check` refuses.
     """
     if profile not in profiles():
-        raise ParamsError(f"no parameter file params/{profile}.yaml; {_nearest(profile, profiles())}")
+        raise ParamsError(f"no parameter file params/{profile}.yaml; {nearest(profile, profiles())}")
     p = check({**_read(profile), **(overrides or {})}, f"params/{profile}.yaml")
     if p.profile != profile:
         raise ParamsError(f"params/{profile}.yaml: 'profile' must be the file's name, '{profile}', got '{p.profile}'")

@@ -6,11 +6,12 @@ import json
 import os
 import platform
 import secrets
+import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
+from importlib.metadata import version
 from pathlib import Path
 from timeit import timeit
 
@@ -22,19 +23,10 @@ from weightsum_lib.core import models
 from weightsum_lib.study import data, pool, store, train
 from weightsum_lib.study.config import RunConfig, build, pick_device, pick_precision
 from weightsum_lib.study.params import DATASETS, Params, check
-from weightsum_lib.study.pool import report_progress
 from weightsum_lib.study.train import Run
 
-version = functools.cache(metadata.version)  # it reads files each time
 _MOST_AT_ONCE, _WORKER = 4, 3 << 29  # a worker takes up to a gigabyte and a half, all else up to two
 _LOADED = 1 << 28  # bytes of networks that a process keeps in memory
-
-
-def code_roots(config: RunConfig) -> list[str]:
-    """Where the code of a run begins: what it looks up by name, its architecture for example, is named here."""
-    functions = [f for of_kind in train.hooks(config.method).values() for f in of_kind]
-    named = [f"core.models:{config.arch}", f"core.losses:{config.method.third}"]
-    return ["study.train:train", "study.config:RunConfig", *named, *(f"study.train:{f.__name__}" for f in functions)]
 
 
 def run_content(config: RunConfig, digests: Mapping[str, str], device: str) -> dict:
@@ -48,8 +40,12 @@ def run_content(config: RunConfig, digests: Mapping[str, str], device: str) -> d
         digests: of the training images, by dataset (:attr:`weightsum_lib.Dataset.training_digest`).
         device: "cpu" or "cuda".
     """
-    roots, values = code_roots(config), asdict(config)
-    read, method = store.attributes(*roots), values.pop("method")
+    # where its code begins: what it looks up by name, its architecture for example, is a root as well
+    roots = ["study.train:train", "study.config:RunConfig"]
+    roots += [f"core.models:{config.arch}", f"core.losses:{config.method.third}"]
+    roots += [f"study.train:{hook.__name__}" for hooks in train.hooks(config.method).values() for hook in hooks]
+    read, values = store.attributes(*roots), asdict(config)
+    method = values.pop("method")
     return {
         "config": {name: value for name, value in values.items() if name in read},
         "method": {name: value for name, value in method.items() if name in read},
@@ -210,7 +206,7 @@ class Study:
             (self.folder(config) / "checkpoint.safetensors").unlink(missing_ok=True)
         if missing:
             then = "then what is still missing is trained here"
-            with store.alone(self.results / "training.lock", lambda line: report_progress(f"{line}; {then}")):
+            with store.alone(self.results / "training.lock", lambda line: pool.report_progress(f"{line}; {then}")):
                 self._train([c for c in missing if self.is_missing(c)])
 
     def is_missing(self, config: RunConfig) -> bool:
@@ -218,12 +214,10 @@ class Study:
         return store.read_sealed(self.folder(config) / "run.json") is None
 
     def _train(self, missing: Sequence[RunConfig]) -> None:
-        done = self.results / "training.done"
-        done.unlink(missing_ok=True)
         missing = sorted(missing, key=lambda config: (config.seed, -work(config)))  # of a seed the longest first
         numbers = {config: number for number, config in enumerate(missing, start=1)}
-        with self._workers(len(missing)) as (workers, mark, shared):
-            say = workers.hear(functools.partial(pool.say_epoch, sum(map(work, missing)), str(done), time.time()))
+        with tempfile.NamedTemporaryFile() as done, self._workers(len(missing)) as (workers, mark, shared):
+            say = workers.hear(functools.partial(pool.say_epoch, sum(map(work, missing)), done.name, time.time()))
 
             def job(config):
                 epochs, about = config.trained_epochs, f"run {numbers[config]}/{len(missing)} {config.describe()}"
@@ -236,7 +230,6 @@ class Study:
 
             for config, files in workers.each(missing, job, self.parents):
                 store.unpack(self.folder(config), files)
-        done.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _workers(self, jobs: int) -> Iterator[tuple[pool.Pool, str, bool]]:
@@ -338,7 +331,7 @@ class Study:
                 for number, (path, value) in enumerate((workers if shared else pool.Pool()).each(missing, job), 1):
                     store.write_sealed(path, {"key": contents[missing[path]], **value})
                     if number % 20 == 0:  # it may take minutes
-                        report_progress(f"measured {number} of {len(missing)}")
+                        pool.report_progress(f"measured {number} of {len(missing)}")
         found = [store.read_sealed(path) for path in paths]
         self._measuring_seconds |= {path.stem: content["seconds"] for path, content in zip(paths, found, strict=True)}
         return [content["value"] for content in found]

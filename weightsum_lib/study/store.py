@@ -139,12 +139,7 @@ def commit() -> str:
     return "unknown"
 
 
-class StoreError(OSError):
-    """A file that can't be written; the message names it, and says what was needed and what to do."""
-
-
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-_LEFT = "." + 8 * "[0-9a-f]" + ".*"  # what :func:`replaced` calls a file that is not whole
 
 
 @contextlib.contextmanager
@@ -152,7 +147,8 @@ def replaced(path: Path, size: int = 0) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` when the block ends well, and vanishes when it does not.
 
     Raises:
-        StoreError: the disk is full, or the folder can't be written; ``size`` is what was needed, in bytes.
+        OSError: the disk is full, or the folder can't be written. The message names the file, and says what was needed
+            (``size``, in bytes) and what to do.
     """
     temporary = path.with_name(f".{secrets.token_hex(4)}.{path.name}")
     try:
@@ -163,11 +159,11 @@ def replaced(path: Path, size: int = 0) -> Iterator[Path]:
             os.fsync(file.fileno())  # on the disk before it has the name
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in _NO_PLACE or isinstance(error, StoreError):
+        if error.errno not in _NO_PLACE:
             raise
         needed = f" ({size:,} bytes were needed)" if size else ""
         what = f"{path} can't be written: {error.strerror}{needed}; nothing half written is kept"
-        raise StoreError(f"{what}. Make room, or the folder writable: the same command goes on") from error
+        raise OSError(f"{what}. Make room, or the folder writable: the same command goes on") from error
     finally:
         with contextlib.suppress(OSError):  # where nothing can be written there is nothing
             temporary.unlink()
@@ -175,7 +171,7 @@ def replaced(path: Path, size: int = 0) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Delete what processes that were killed while they wrote have left in a folder: untouched for a day."""
-    for left in folder.rglob(_LEFT):
+    for left in folder.rglob("." + 8 * "[0-9a-f]" + ".*"):  # what :func:`replaced` calls a file that is not whole
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > 86_400:
                 left.unlink()
@@ -218,9 +214,8 @@ def _tensors_sha256(tensors: Mapping, about: str) -> str:
 
     digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -263,7 +258,6 @@ def lock(path: Path) -> FileLock:
 @contextlib.contextmanager
 def alone(path: Path, say: Callable[[str], None] = print) -> Iterator[None]:
     """Hold a lock between processes, which ends with its process; who waits says for whom, and then for how long."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     held, owner, started = lock(path), path.with_suffix(".owner"), time.time()
     try:
         held.acquire(timeout=0)
