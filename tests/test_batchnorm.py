@@ -266,3 +266,17 @@ def test_a_scripted_module_hides_its_batch_norm_and_is_refused():
     for module in (network, torch.nn.Sequential(network)):
         with pytest.raises(ValueError, match=r"scripted or traced module hides its batch norm"):
             recalibrate(module, x)
+
+
+def test_owners_of_images_that_a_network_regroups_are_refused():
+    class Pieces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.norm(x.flatten(0, 1))
+
+    total, owners = WeightSum([Pieces(), Pieces()]), torch.tensor([0, 0, 1, 1])
+    with pytest.raises(ValueError, match=r"'body\.norm' has 8 inputs, of 4 images"):
+        recalibrate(total, torch.randn(4, 2, 3), owners)

@@ -398,3 +398,15 @@ def test_the_proof_leaves_the_network_and_the_random_numbers_alone():
     hidden_channels(network, torch.zeros(IMAGES))
     assert torch.equal(torch.get_rng_state(), random) and network.training
     assert all(torch.equal(t, state[name]) for name, t in network.state_dict().items())
+
+
+def test_channels_are_found_under_inference_mode_too():
+    with torch.inference_mode():
+        assert hidden_channels(vgg8(width=1 / 16), torch.zeros(2, 3, 32, 32)).sizes
+
+
+@pytest.mark.parametrize("change", [{"device": "meta"}, {"dtype": torch.complex64}])
+def test_networks_without_real_numbers_are_refused_by_name(change):
+    network = nn.Sequential(nn.Linear(3, 4, **change), nn.Linear(4, 2, **change))
+    with pytest.raises(ValueError, match=r"'0\.weight' is complex or on the meta device"):
+        hidden_channels(network, torch.zeros(2, 3))

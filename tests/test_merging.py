@@ -1,8 +1,12 @@
 import copy
+import itertools
+import math
 
 import pytest
 import torch
 import torchvision
+from torch import nn
+from torch.nn.utils import parametrizations
 
 from weightsum_lib import (
     Method,
@@ -406,3 +410,69 @@ def test_fishers_and_coefficients_are_one_a_network(fishers, coefficients):
     size = sum(p.numel() for p in a.parameters())
     with pytest.raises(ValueError, match="zip"):
         merging.fisher_average([a, b], [torch.rand(size) for _ in range(fishers)], coefficients)
+
+
+def test_signs_are_those_of_a_layers_inputs():
+    layers = {
+        "linear": (nn.Linear(4, 6), torch.randn(2, 4)),
+        "depthwise": (nn.Conv2d(4, 8, 3, groups=4), torch.randn(2, 4, 5, 5)),
+        "groups": (nn.Conv1d(4, 6, 3, groups=2), torch.randn(2, 4, 5)),
+        "transposed": (nn.ConvTranspose2d(4, 6, 3, groups=2), torch.randn(2, 4, 5, 5)),
+    }
+    for name, (layer, x) in layers.items():
+        layer.bias = None
+        hidden = merging.random_signs(layer, torch.Generator().manual_seed(3))
+        found = [
+            signs
+            for signs in itertools.product((-1.0, 1.0), repeat=4)
+            if torch.allclose(hidden(x), layer(x * torch.tensor(signs).view(1, 4, *[1] * (x.ndim - 2))), atol=1e-5)
+        ]
+        assert len(found) == 1, name
+
+
+def test_a_merged_network_keeps_the_type_of_each_parameter():
+    def made():
+        return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.float64))
+
+    a, b, start = made(), made(), made()
+    sizes = torch.ones(sum(p.numel() for p in a.parameters()))
+    for merged in (merging.ties(start, [a, b]), merging.fisher_average([a, b], [sizes, sizes])):
+        assert [p.dtype for p in merged.parameters()] == [p.dtype for p in a.parameters()]
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(12), torch.full((12,), math.nan), torch.ones(1)])
+def test_fishers_that_give_no_mean_are_refused(wrong):
+    a, b = nn.Linear(3, 3), nn.Linear(3, 3)
+    with pytest.raises(ValueError, match="expected 12 numbers a network"):
+        merging.fisher_average([a, b], [wrong, wrong])
+
+
+def test_a_network_in_training_mode_is_refused_where_that_would_change_it():
+    network, x = vgg8(width=1 / 16), torch.zeros(2, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"of network 0 is in training mode; call eval\(\)"):
+        merging.regmean([network, network], [x, x])
+    with pytest.raises(ValueError, match="is in training mode"):
+        merging.fisher_information(network, x)
+
+
+def test_classes_of_a_last_layer_with_a_weight_of_its_own_are_renamed_alone():
+    tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
+    tied[1].weight = tied[0].weight
+    for network in (tied, nn.Sequential(nn.Conv2d(3, 3, 1)), parametrizations.spectral_norm(nn.Linear(5, 5))):
+        with pytest.raises(ValueError, match="expected a last linear layer"):
+            merging.relabelled(network, torch.arange(5))
+
+
+def test_an_average_takes_an_example_where_layers_of_other_libraries_may_compute_their_weight():
+    class Other(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x):
+            return x @ self.w
+
+    a, b = Other(), Other()
+    with pytest.raises(ValueError, match="on an example first"):
+        merging.average([a, b])
+    assert torch.allclose(merging.average([a, b], torch.ones(1, 3)).w, (a.w + b.w) / 2)

@@ -1,7 +1,11 @@
 import copy
 import math
 import warnings
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -949,6 +953,16 @@ class Turned(Scaled):
         return -super().forward(x)
 
 
+def _times(scale, of=None):
+    """A function that holds a number: in its closure, or in a default."""
+    return (lambda x: scale * x) if of is None else (lambda x, *, by=scale: by * x)
+
+
+@dataclass
+class Held:
+    by: object
+
+
 def _in_order(*names):
     layers = {"linear": nn.Linear(3, 3), "relu": nn.ReLU()}
     network = nn.Sequential()
@@ -966,8 +980,20 @@ def _hooked():
 @pytest.mark.parametrize(
     ("a", "b", "named"),
     [
-        (Scaled(scale=1.0), Scaled(scale=2.0), r"'\.scale' is \[1.0\] in network 0 and \[2.0\] in network 1"),
-        (Scaled(scale={"by": [1, 2]}), Scaled(scale={"by": [1, 3]}), r"'\.scale' is \[1, 2\]"),
+        (Scaled(scale=1.0), Scaled(scale=2.0), r"'\.scale' is 1.0 in network 0 and 2.0 in network 1"),
+        (Scaled(scale={"by": [1, 2]}), Scaled(scale={"by": [1, 3]}), r"'\.scale' is {'by': \[1, 2\]}"),
+        (Scaled(scale={"by": 1}), Scaled(scale={"over": 1}), r"'\.scale' is {'by': 1} in network 0 and {'over': 1}"),
+        (Scaled(scale={"by": 1, "f": nn.ReLU()}), Scaled(scale={"by": 2, "f": nn.ReLU()}), r"'\.scale' is {'by': 1"),
+        (Scaled(scale=_times(1.0)), Scaled(scale=_times(2.0)), r"'\.scale' is "),
+        (Scaled(scale=_times(1.0, "default")), Scaled(scale=_times(2.0, "default")), r"'\.scale' is "),
+        (Scaled(scale=partial(pow, 1.0)), Scaled(scale=partial(pow, 2.0)), r"'\.scale' is "),
+        (Scaled(scale=Held([1.0])), Scaled(scale=Held([2.0])), r"'\.scale' is .*Held"),
+        (Scaled(scale=Held(torch.ones(2))), Scaled(scale=Held(torch.zeros(2))), r"'\.scale' is .*Held"),
+        (Scaled(scale=np.ones(2)), Scaled(scale=np.zeros(2)), r"'\.scale' is "),
+        (Scaled(scale=torch.float16), Scaled(scale=torch.float64), r"'\.scale' is "),
+        (Scaled(scale={1.0}), Scaled(scale={2.0}), r"'\.scale' is {1.0}"),
+        (Scaled(scale=math.floor), Scaled(scale=math.ceil), r"'\.scale' is "),
+        (Scaled(scale=[nn.ReLU()]), Scaled(scale=[nn.GELU()]), r"'\.scale' is \['ReLU'\]"),
         (
             Scaled(scale=[torch.ones(1)]),
             Scaled(scale=[torch.zeros(1)]),
@@ -978,10 +1004,16 @@ def _hooked():
         (
             Scaled(scale=1.0),
             type("Scaled", (Scaled,), {"forward": Turned.forward})(scale=1.0),
-            r"'code of \.\w+' is <code object",
+            r"'code of \.\w+' is .*<code object",
         ),
-        (nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 2), r"'\.num_heads' is \[1\] in network 0 and \[2\]"),
-        (nn.AvgPool2d(2), nn.AvgPool2d(2, count_include_pad=False), r"'1\.count_include_pad' is \[True\]"),
+        (type("Scaled", (Scaled,), {"scale": 1.0})(), type("Scaled", (Scaled,), {"scale": 2.0})(), r"'code of \.scale"),
+        (
+            type("Scaled", (Scaled,), {"scale": property(lambda self: 1.0)})(),
+            type("Scaled", (Scaled,), {"scale": property(lambda self: 2.0)})(),
+            r"'code of \.scale' is .*<code object",
+        ),
+        (nn.MultiheadAttention(4, 1), nn.MultiheadAttention(4, 2), r"'\.num_heads' is 1 in network 0 and 2"),
+        (nn.AvgPool2d(2), nn.AvgPool2d(2, count_include_pad=False), r"'1\.count_include_pad' is True"),
         (
             _in_order("linear", "relu"),
             _in_order("relu", "linear"),
@@ -996,6 +1028,17 @@ def test_networks_that_compute_something_else_beside_their_tensors_are_refused(a
     with pytest.raises(ValueError, match=named):
         WeightSum([a, b])
     WeightSum([a if not a._forward_hooks else b, copy.deepcopy(a)])
+
+
+@pytest.mark.parametrize(
+    "held",
+    [math.nan, [math.nan], {"a": object()}, torch.full((2,), math.nan), torch.eye(2).to_sparse(), np.ones, nn.ReLU],
+)
+def test_what_copies_hold_alike_is_no_difference(held):
+    round = SimpleNamespace(held=held)
+    round.itself = round
+    network = Scaled(scale=1.0, held=held, round=round)
+    WeightSum([network, copy.deepcopy(network)])
 
 
 def test_a_class_that_was_defined_again_is_the_same_one():
@@ -1106,3 +1149,83 @@ def test_recurrent_networks_are_summed_and_take_all_their_arguments(make):
     torch.testing.assert_close(total(x, hx=state)[0], plain(x, hx=state)[0])
     total(x, state, held=[1])[0].sum().backward()
     assert pair[0].weight_ih_l0.grad is not None and pair[1].weight_ih_l0.grad is None
+
+
+class Normalizing(nn.Module):
+    """Its forward takes the weight of a layer below, and is none of PyTorch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return F.linear(x, F.normalize(self.linear.weight))
+
+
+def test_a_weight_that_is_made_of_a_layers_below_needs_the_proof():
+    total = WeightSum([Normalizing(), Normalizing()])
+    with pytest.raises(ValueError, match="call the sum on an example first"):
+        total.materialize()
+    with pytest.raises(ValueError, match="by linalg_vector_norm"):
+        total(torch.ones(1, 3))
+
+
+class Decaying(nn.Module):
+    """Keeps its weight in a list too, and its last activation."""
+
+    def __init__(self, listed=True):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.decayed = [self.linear.weight] if listed else []
+
+    def forward(self, x):
+        self.last = self.linear(x)
+        return self.last, sum(p.square().sum() for p in self.decayed)
+
+
+def test_a_list_of_registered_parameters_is_refused_once_it_takes_part():
+    with pytest.raises(ValueError, match="takes part that the network has not registered"):
+        WeightSum([Decaying(), Decaying()])(torch.ones(1, 3))
+
+
+def test_what_forward_keeps_is_no_hindrance():
+    a, b = Decaying(listed=False), Decaying(listed=False)
+    x = torch.ones(1, 3)
+    total = WeightSum([a, b])
+    assert torch.allclose(total(x)[0], a(x)[0] + b(x)[0])
+    assert torch.equal(total.materialize()(x)[0], total(x)[0])
+
+
+class Rounded(nn.Module):
+    """A weight that is no affine function, behind constants that reuse the memory of activations that are gone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.q = nn.Linear(3, 3), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        x = (self.linear(x).relu() * 2 + 1).relu()
+        step = torch.from_numpy(np.full(3, 0.5, "f4"))
+        return F.linear(x, (self.q / step).tanh() * step)
+
+
+def test_a_constant_in_the_place_of_an_activation_that_is_gone_is_a_constant():
+    for _ in range(20):
+        with pytest.raises(ValueError, match="by tanh"):
+            WeightSum([Rounded(), Rounded()])(torch.randn(5, 3))
+
+
+def test_inputs_may_lie_in_objects_of_other_libraries():
+    class Reading(Decaying):
+        def forward(self, batch):
+            return self.linear(batch.x.relu())
+
+    a, b, batch = Reading(), Reading(), SimpleNamespace(x=torch.randn(2, 3))
+    assert torch.allclose(WeightSum([a, b])(batch), a(batch) + b(batch), atol=1e-6)
+
+
+def test_a_plain_network_computes_as_its_sum_though_its_parents_were_changed():
+    a, b = (nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(2))
+    total, x = WeightSum([a, b]), torch.randn(4, 3)
+    a[1] = b[1] = nn.GELU()
+    assert torch.equal(total.materialize()(x), total(x))

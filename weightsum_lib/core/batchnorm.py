@@ -81,6 +81,8 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable, owners: Tensor | N
         x = (*args, *kwargs.values())[0]
         parts = [(x, 1.0)]
         if owners is not None:
+            if len(x) != len(owners):
+                raise ValueError(f"'{names[layer]}' has {len(x)} inputs, of {len(owners)} images: whose are they?")
             parts = [(x[owners == i], share) for i, share in enumerate(_shares(module, names[layer]))]
         moments = [moment for part in parts for moment in _moments(*part)]
         if not whole:

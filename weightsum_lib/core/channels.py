@@ -20,6 +20,7 @@ _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 _WIDENED = "widened, it would run over the empty channels too"
 
 
+@torch.inference_mode(False)
 def hidden_channels(network: nn.Module, example: Tensor) -> Channels:
     """Find which axes of which parameters and buffers run over the same hidden channels, and prove it.
 
@@ -112,6 +113,8 @@ def _randomized(network: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]
         raise ValueError(f"expected an example of floating-point input, got {example.dtype} {tuple(example.shape)}")
     if lazy := [name for name, tensor in tensors_of(network).items() if nn.parameter.is_lazy(tensor)]:
         raise ValueError(f"'{lazy[0]}' has no shape yet; run the network once before its channels are looked for")
+    if odd := [name for name, t in tensors_of(network).items() if t.is_meta or t.is_complex()]:
+        raise ValueError(f"'{odd[0]}' is complex or on the meta device; give a network of real numbers that has values")
     generator = torch.Generator().manual_seed(0)
     network = copy.deepcopy(network).to("cpu", torch.float64).eval()
     for tensor in [t for t in tensors_of(network).values() if t.is_floating_point()]:

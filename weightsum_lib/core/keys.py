@@ -242,6 +242,8 @@ def with_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module
     for name, tensor in tensors_of(network).items():
         held = tensors[name].detach().clone()
         memo[id(tensor)] = nn.Parameter(held, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else held
+    for module in network.modules():  # what forward has kept can't be copied with its graph
+        memo |= {id(t): t.detach() for t in tensors_in([*vars(module).values()]) if t.grad_fn is not None}
     network = copy.deepcopy(network, memo)
     for module in network.modules():
         held = getattr(module, "weight", None)

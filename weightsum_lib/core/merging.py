@@ -7,7 +7,8 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils import vector_to_parameters
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import is_parametrized
 
 from weightsum_lib.core.keys import Channels, Key, check_channels, deal, embed, tensors_of, widen, with_tensors
 from weightsum_lib.core.weights import WeightSum, check_summable
@@ -32,9 +33,17 @@ class Ensemble(nn.Module):
         return sum(network(x) for network in self.networks)
 
 
-def average(networks: Sequence[nn.Module]) -> nn.Module:
-    """The plain mean of the weights; its batch-norm statistics are to be re-estimated."""
-    return WeightSum(networks, [1 / len(networks)] * len(networks)).materialize().eval()
+def average(networks: Sequence[nn.Module], *example: Tensor) -> nn.Module:
+    """The plain mean of the weights; its batch-norm statistics are to be re-estimated.
+
+    Args:
+        networks: of one architecture.
+        example: arguments of theirs, needed where a layer of another library may compute its weight.
+    """
+    total = WeightSum(networks, [1 / len(networks)] * len(networks))
+    if example:
+        total(*example)
+    return total.materialize().eval()
 
 
 def task_arithmetic(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0) -> nn.Module:
@@ -45,6 +54,19 @@ def task_arithmetic(start: nn.Module, networks: Sequence[nn.Module], scale: floa
 def _vector(tensors: Iterable[Tensor]) -> Tensor:
     """All entries of some tensors, whatever their layout in memory."""
     return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+def _fill(network: nn.Module, vector: Tensor) -> None:
+    """Copy the entries of all parameters, each in its own type."""
+    for p, part in zip(network.parameters(), vector.split([p.numel() for p in network.parameters()]), strict=True):
+        p.copy_(part.view_as(p))
+
+
+def _check_evaluating(networks: Sequence[nn.Module]) -> None:
+    for i, network in enumerate(networks):
+        for name, module in network.named_modules():
+            if module.training and (module._buffers or isinstance(module, _DropoutNd)):
+                raise ValueError(f"'{name}' of network {i} is in training mode; call eval() on the network first")
 
 
 @torch.no_grad()
@@ -70,7 +92,7 @@ def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, ke
     smallest = found.abs().sort(descending=True).values[:, [max(1, round(keep * len(origin))) - 1]]
     found *= found.abs() >= smallest
     found *= found.sign() == found.sum(0).sign()
-    vector_to_parameters(origin + scale * found.sum(0) / (found != 0).sum(0).clamp(min=1), merged.parameters())
+    _fill(merged, origin + scale * found.sum(0) / (found != 0).sum(0).clamp(min=1))
     return merged
 
 
@@ -160,6 +182,7 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
         ValueError: a group that no convolution or linear layer reads, or weights of other layers, as transposed
             convolutions; it is named.
     """
+    _check_evaluating(networks)
     readers = _readers(networks[0], channels)
     if unread := channels.sizes.keys() - {group for group, _ in readers.values()}:
         raise ValueError(f"no convolution or linear layer reads the channels of '{min(unread)}' to compare them")
@@ -285,9 +308,13 @@ def random_signs(network: nn.Module, generator: torch.Generator) -> nn.Module:
         generator: of the signs, on the CPU.
     """
     network = copy.deepcopy(network)
+    layers = {id(m.weight): m for m in network.modules() if isinstance(m, _ConvNd | nn.Embedding)}
     for weight in [p for p in network.parameters() if p.ndim > 1]:
-        signs = 2 * torch.randint(2, (weight.shape[1],), generator=generator) - 1
-        weight *= signs.to(weight).view(-1, *[1] * (weight.ndim - 2))
+        layer = layers.get(id(weight))
+        axis = 0 if isinstance(layer, _ConvTransposeNd | nn.Embedding) else 1  # of the inputs
+        for group in weight.chunk(getattr(layer, "groups", 1) if axis else 1):  # which read inputs of their own
+            signs = 2 * torch.randint(2, (group.shape[axis],), generator=generator) - 1
+            group *= signs.to(weight).view(-1, *[1] * (weight.ndim - 1 - axis))
     return network
 
 
@@ -310,6 +337,7 @@ def regmean(networks: Sequence[nn.Module], inputs: Sequence[Tensor], shrink: flo
         ValueError: a convolution with groups, dilation or other padding than a number of zeros, whose patches this
             does not gather; it is named.
     """
+    _check_evaluating(networks)
     grams = [_gram_matrices(n, x) for n, x in zip(networks, inputs, strict=True)]
     merged = average(networks)
     for name in grams[0]:
@@ -371,7 +399,9 @@ def fisher_average(
     """
     merged, own = average(networks), torch.stack([_vector(n.parameters()) for n in networks])
     weights = torch.stack([c * f for c, f, _ in zip(coefficients or [1.0] * len(own), fishers, own, strict=True)])
-    vector_to_parameters((weights * own).sum(0) / weights.sum(0), merged.parameters())
+    if weights.shape != own.shape or not (weights.sum(0) > 0).all():
+        raise ValueError(f"expected {len(own[0])} numbers a network whose sum, weighted by coefficients, is positive")
+    _fill(merged, (weights * own).sum(0) / weights.sum(0))
     return merged
 
 
@@ -391,6 +421,7 @@ def fisher_information(network: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError: a parameter that requires no gradient; it is named.
     """
+    _check_evaluating([network])
     parameters = dict(network.named_parameters())
     total = [torch.zeros_like(p) for p in parameters.values()]
     if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
@@ -434,7 +465,10 @@ def relabelled(network: nn.Module, permutation: Tensor) -> nn.Module:
         ValueError: something else than each class once.
     """
     network = copy.deepcopy(network)
-    last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+    *_, last = None, *(m for m in network.modules() if isinstance(m, nn.Linear))
+    tied = last and sum(p is last.weight for m in network.modules() for p in m._parameters.values()) > 1
+    if last is None or tied or is_parametrized(last):
+        raise ValueError("expected a last linear layer, whose weight is its own, neither tied nor parametrized")
     if sorted(permutation.tolist()) != list(range(last.out_features)):
         raise ValueError(f"expected each of the {last.out_features} classes once, got {permutation.tolist()}")
     for tensor in last.parameters():

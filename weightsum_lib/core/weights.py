@@ -2,15 +2,17 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from functools import partial
 from itertools import zip_longest
 from numbers import Real
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import CodeType, FunctionType
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
@@ -30,7 +32,7 @@ _AFFINE = (
 _BIASED = frozenset(("addmm", "addmv", "baddbmm"))
 _PRODUCTS = _BIASED | {"mul", "mm", "bmm", "mv", "dot", "convolution"}
 _MODULE = frozenset(vars(nn.Module()))  # attributes that say nothing of a module's own computation
-_PLAIN = (bool, int, float, complex, str, type(None), FunctionType, BuiltinFunctionType, MethodType)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), CodeType, set, frozenset)
 
 
 def weighted_sum(parents: Iterable[Mapping[str, Tensor]], coefficients: Sequence[float]) -> dict[str, Tensor]:
@@ -69,7 +71,7 @@ def _check_alike(first: Mapping[str, object], other: Mapping[str, object], numbe
     for name in [*first, *other]:
         here, there = first.get(name, "missing"), other.get(name, "missing")
         if here != there:
-            what = f"'{name}' is {here} in network 0 and {there} in network {number}"
+            what = f"'{name}' is {here!s:.200} in network 0 and {there!s:.200} in network {number}"
             raise ValueError(f"{what}; a sum of weights needs one architecture, width, type and device, equal settings")
 
 
@@ -87,14 +89,46 @@ def _tensors(network: nn.Module) -> dict[str, tuple[str, Tensor]]:
     return found
 
 
+def _entries(tensor: Tensor) -> bytes:
+    """A tensor's values, to compare; NaN is NaN."""
+    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
+    return dense.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _value(value: object, seen: tuple[int, ...] = ()) -> object:
+    """A setting as it can be compared: a function by its code and what it holds, an object by what pickle takes of it.
+
+    Of modules and parameters, which are compared by themselves, and of what can't be pickled there is only the type.
+    """
+    value = getattr(value, "fget", None) or getattr(value, "__func__", value)  # a property's function, a method's
+    inner = partial(_value, seen=(*seen, id(value)))
+    if isinstance(value, _PLAIN):
+        return value if value == value else "nan"
+    if isinstance(value, Tensor) and not (isinstance(value, nn.Parameter) or value.is_meta):
+        return _entries(value)
+    if not (isinstance(value, type | nn.Module | Tensor) or id(value) in seen):
+        with suppress(Exception):  # of any kind: what can't be pickled, an empty cell
+            if isinstance(value, FunctionType):
+                cells = [cell.cell_contents for cell in value.__closure__ or ()]
+                return [value.__code__, *map(inner, (value.__defaults__, value.__kwdefaults__, cells))]
+            if isinstance(value, Mapping):
+                return {str(key): inner(held) for key, held in value.items()}
+            if isinstance(value, list | tuple):
+                return [*map(inner, value)]
+            name, *parts = [taken] if isinstance(taken := value.__reduce_ex__(4), str) else taken
+            return [inner(name), *(inner([*part] if isinstance(part, Iterator) else part) for part in parts)]
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else type(value).__qualname__
+
+
 def _settings(path: str, module: nn.Module) -> dict[str, object]:
-    """What a module's computation may depend on beside its tensors: kind, code, layers; plain values and functions."""
+    """What a module's computation may depend on beside its tensors: kind, layers, what its classes and it have."""
     found = {f"module {path}": f"{module._get_name()}({module.extra_repr()}) of {[*module._modules]}"}
-    found |= {f"code of {path}.{k}": f.__code__ for k, f in vars(type(module)).items() if isinstance(f, FunctionType)}
-    for name, leaves in ((name, tree_leaves(value)) for name, value in vars(module).items() if name not in _MODULE):
-        if all(isinstance(leaf, _PLAIN) for leaf in leaves):
-            found[f"{path}.{name}"] = [getattr(leaf, "__code__", leaf) for leaf in leaves]
-    return found
+    for depth, base in enumerate(type(module).__mro__[:-1]):
+        for name, held in vars(base).items() if not base.__module__.startswith("torch.") else ():
+            if isinstance(held, FunctionType) or not name.startswith("__"):
+                found[f"code of {path}{depth * '.super()'}.{name}"] = _value(held)
+    own = {k: v for k, v in vars(module).items() if k not in _MODULE and not isinstance(v, Tensor)}
+    return found | {f"{path}.{name}": _value(held) for name, held in own.items()}
 
 
 def check_summable(networks: Sequence[nn.Module]) -> None:
@@ -118,11 +152,23 @@ def check_summable(networks: Sequence[nn.Module]) -> None:
                 raise ValueError(f"'{path}' of network {i} is a sum, parametrized, or has a forward (pre-)hook; {todo}")
         first = first or (kinds, modules, tensors)
         _check_alike(first[0], kinds, i)
-        _check_alike(first[1], modules, i)
         for name, (role, tensor) in tensors.items():
-            known = tensor is first[2][name][1] or tensor.is_meta or torch.equal(tensor, first[2][name][1])
-            if role == "constant" and not known:
+            same = role != "constant" or tensor is first[2][name][1] or tensor.is_meta
+            if not (same or _entries(tensor) == _entries(first[2][name][1])):
                 raise ValueError(f"'{name}', which is no parameter, differs between networks 0 and {i}; a sum has one")
+        _check_alike(first[1], modules, i)
+
+
+def _unproven(network: nn.Module) -> Iterator[str]:
+    """Paths of modules that may compute a weight: lists, and other libraries' that have parameters or name one's."""
+    last = {name.rpartition(".")[2] for name, _ in network.named_parameters()}
+    for path, module in network.named_modules():
+        others = [c for c in type(module).__mro__ if not c.__module__.startswith(("torch.nn.", "weightsum_lib."))]
+        methods = [f for c in others for name, f in vars(c).items() if name != "__init__"]
+        named = {name for f in methods if isinstance(f, FunctionType) for name in f.__code__.co_names}
+        own = module._parameters and (len(others) > 1 or "container" in type(module).__module__)  # besides object
+        if own or named & last:
+            yield path
 
 
 class _Followed(TorchDispatchMode):
@@ -144,10 +190,12 @@ class _Followed(TorchDispatchMode):
     def __init__(self, weights: Mapping[str, Tensor], body: nn.Module, layers: Iterable[str], inputs: object):
         super().__init__()
         self.layers = set(layers)
-        # storage: parameters that it depends on, whether on the input too, and a tensor that keeps the storage alive
-        self.sources = {_storage(t): (frozenset(), False, t) for _, t in _tensors(body).values()}
+        # storage: parameters that it depends on, whether on the input too, and what keeps its address from being reused
+        constants = [t for role, t in _tensors(body).values() if role != "parameter"]
+        objects = [getattr(leaf, "__dict__", {}) for leaf in tree_leaves(inputs)]  # batches of other libraries
+        self.sources = {_storage(t): (frozenset(), False, t) for t in constants}
         self.sources |= {_storage(t): (frozenset([name]), False, t) for name, t in weights.items()}
-        self.sources |= {_storage(t): (frozenset(), True, t) for t in tensors_in(inputs)}
+        self.sources |= {_storage(t): (frozenset(), True, t) for t in tensors_in((inputs, objects))}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         """Compute one operation, and say what its result depends on."""
@@ -178,7 +226,9 @@ class _Followed(TorchDispatchMode):
             linear = inputs == 1 and (affine or product)
             names = frozenset(n for n in names if linear and n.rpartition(".")[0] in self.layers)
         for tensor in results:
-            self.sources[_storage(tensor)] = (names, inputs > 0, tensor if names or not inputs else None)
+            light = inputs and not names and tensor.layout == torch.strided  # an activation, whose memory may go
+            held = StorageWeakRef(tensor.untyped_storage()) if light else tensor
+            self.sources[_storage(tensor)] = (names, inputs > 0, held)
         return out
 
 
@@ -194,7 +244,8 @@ class WeightSum(nn.Module):
     Its parameters are its parents' parameters; a network that is given twice counts twice. Batch-norm statistics are
     its own: a sum has none to inherit, so they start at (0, 1); train it, or see
     :func:`~weightsum_lib.recalibrate`. Other buffers must be equal and are shared. ``train()`` and ``eval()`` switch
-    the sum only, never a parent.
+    the sum only, never a parent. What else the networks have is copied here: of later changes only those of parameters
+    are followed, and a state dict has neither coefficients nor keys.
 
     That the networks are of one architecture is tested here. That their weights are their parameters is tested in the
     first forward pass: one that is a product or another non-affine function of parameters is refused.
@@ -209,8 +260,8 @@ class WeightSum(nn.Module):
         ValueError: fewer than two networks, something that is no module; another number of coefficients or keys, or
             some that don't fit; networks without parameters, with lazy ones, parametrizations, forward hooks or
             pre-hooks; networks that differ in a shape, type, device, layer, the layers' order, in what is tied, in the
-            code of a class, in an attribute that is a number, a text or a function (or holds some), or in a tensor
-            that is neither a parameter nor a batch-norm statistic. The tensor, module or attribute is named.
+            code of a class, in an attribute (but for what can't be pickled), or in a tensor that is neither a parameter
+            nor a batch-norm statistic. The tensor, module or attribute is named.
 
     >>> a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     >>> x = torch.ones(1, 2)
@@ -228,8 +279,7 @@ class WeightSum(nn.Module):
         self.coefficients = [1.0] * len(networks) if coefficients is None else [*coefficients]
         weighted_sum([{} for _ in networks], self.coefficients)  # checks them
         # Layers of other libraries, and lists, may compute their weight. A forward pass proves otherwise, in each mode.
-        homes = ((path, type(module).__module__) for path, module in networks[0].named_modules() if module._parameters)
-        self._others = [p for p, of in homes if not of.startswith(("torch.nn.", "weightsum_lib.")) or "container" in of]
+        self._others = [*_unproven(networks[0])]
         self._proven, self._wide = set(), ()
         self.use_keys(keys)
 
@@ -340,7 +390,8 @@ class WeightSum(nn.Module):
     def add_statistics(self) -> "WeightSum":
         """Give the sum the sum of its parents' batch-norm statistics, with the coefficients.
 
-        With disjoint keys that gives each channel its owner's statistics. Otherwise it is wrong.
+        With disjoint keys and coefficients of 1 that gives each channel its owner's statistics, with sparse random keys
+        nearly so. Otherwise it is wrong.
 
         Raises:
             ValueError: a variance would be negative, under a negative coefficient; under keys, a layer whose channels
@@ -368,7 +419,7 @@ class WeightSum(nn.Module):
         Raises:
             ValueError: see :meth:`weights`.
         """
-        plain = with_tensors(self.networks[0], {**self.weights(), **dict(self.body.named_buffers())})
+        plain = with_tensors(self.body, {**self.weights(), **dict(self.body.named_buffers())})
         for name, parameter in plain.named_parameters():
             parameter.requires_grad_(any(n.get_parameter(name).requires_grad for n in self.networks))
         return plain.train(self.training)
