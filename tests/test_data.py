@@ -308,7 +308,6 @@ def test_tasks_are_joined_with_their_own_labels(datasets):
     ("name", "message"),
     [
         ("minst", "unknown dataset 'minst'; did you mean 'mnist'"),
-        ("cifar100", "unknown dataset 'cifar100'; did you mean 'cifar10'"),
         ("minst inverted", "unknown dataset 'minst'; did you mean 'mnist'"),
         ("mnist invertd", "unknown dataset 'mnist invertd'; did you mean 'inverted'"),
         ("mnist rename 3", "did you mean 'renamed #'"),
@@ -320,3 +319,8 @@ def test_tasks_are_joined_with_their_own_labels(datasets):
 def test_an_unknown_task_is_refused_with_the_nearest(datasets, name, message):
     with pytest.raises(DataError, match=message):
         variant(name, datasets.__getitem__)
+
+
+def test_an_unknown_dataset_is_refused_with_the_nearest(tmp_path):
+    with pytest.raises(DataError, match="unknown dataset 'cifar100'; did you mean 'cifar10'"):
+        load("cifar100", tmp_path)

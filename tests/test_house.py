@@ -76,7 +76,7 @@ def test_what_make_and_the_report_load_does_without_torch():
 def test_the_budget():
     lines = {name: lines_of_code(path) for name, path in MODULES.items() if path.name != "__init__.py"}
     assert {name: n for name, n in lines.items() if n > 300} == {}
-    assert sum(lines.values()) <= 4473, lines
+    assert sum(lines.values()) <= 4476, lines
 
 
 def test_the_notebooks_define_nothing_that_the_library_wants():
@@ -113,11 +113,14 @@ def test_a_line_of_code_is_counted_as_one(tmp_path):
     ("asked", "answered"),
     [
         ("How do I sum the weights?", "`WeightSum([a, b])`"),
-        ("What about batch norm?", "they are estimated anew"),
+        ("What about batch norm?", "running statistics are estimated anew, unless"),
         ("Multi-input network or weight sharing?", "a third network whose weights are a *function* of two others"),
-        ("What is the third term?", "the plain cross-entropy of the sum is the one to start from"),
+        ("What is the third term?", "the simplest is the plain cross-entropy of the sum"),
         ("Is it meta-learning?", "a relative: it asks for weights that still work *after* a change of weights"),
-        ("Is it a good idea?", "measured"),
+        (
+            "Is it a good idea?",
+            "for a pair trained together it works, but one network trained on both tasks is simpler",
+        ),
         ("Similar examples?", "bibliography below"),
     ],
 )

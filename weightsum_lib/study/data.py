@@ -101,6 +101,7 @@ def load(
     Raises:
         DataError: the prepared file is damaged, or the dataset can't be had and no stand-in is allowed.
     """
+    _check(name)
     path, source = Path(data_dir) / f"{name}.safetensors", "real"
     missing = _missing(name, path) if data_dir else "no data folder is given (data_dir is empty)"
     if not missing:
@@ -280,8 +281,13 @@ def variant(name: str, load: Callable[[str], Dataset]) -> Dataset:
             if not all(map(len, made.values())):
                 raise DataError(f"'{name}' leaves no image of one of the splits of '{of.name}'")
             return replace(of, name=name, **made)
+    _check(name)
+    return load(name)
+
+
+def _check(name: str) -> None:
+    """Refuse a name that is no dataset's, with the nearest dataset, or the nearest modifier if it has one behind it."""
     if name not in DATASETS:
         dataset, _, modifier = name.partition(" ")
         near = nearest(modifier, _MODIFIERS) if modifier else nearest(dataset, DATASETS)
         raise DataError(f"unknown dataset '{name}'; {near}")
-    return load(name)
