@@ -342,7 +342,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     content = json.loads((tmp_path / "out" / "headline.json").read_text())
     made, notice = content["tables"], content["values"]["run_notice"]
     assert "to be added (of CIFAR-10 itself the sum of task 1 then reads 9 %, by" in content["values"]["answer"]
-    assert notice.startswith("Profile `p`: VGG8 at width 1.0") and notice.endswith("float32, with torch 2, commit abc.")
+    assert notice.startswith("Profile `p`: VGG8 at width 1,") and notice.endswith("float32, with torch 2, commit abc.")
     assert made["headline"]["rows"][0] == ["Task 1: MNIST", "sum, joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
     assert made["answer"]["rows"] == [
         ["with CIFAR-10, trained apart", "98.0 → 11.0", "loses the skill"],

@@ -70,10 +70,11 @@ def write_headline(folder: Path, target: Path) -> None:
 def _run_notice(run: Mapping) -> str:
     """What a run was made with, from its provenance."""
     p, versions = run["params"], ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    seeds = "one seed" if p["seeds"] == 1 else f"up to {p['seeds']} seeds"
     return (
-        f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']}, up to {p['train_images']:,} images of "
-        f"each set, {p['epochs']} epochs of {p['epoch_images']:,}, tested on up to {p['test_images']:,}; up to "
-        f"{p['seeds']} seeds a row; on {run['device']} in {run['precision']}, with {versions}, commit {run['commit']}."
+        f"Profile `{p['profile']}`: {p['arch'].upper()} at width {p['width']:g}, up to {p['train_images']:,} images of "
+        f"each set, {p['epochs']} epochs of {p['epoch_images']:,}, tested on up to {p['test_images']:,}; "
+        f"{seeds} a row; on {run['device']} in {run['precision']}, with {versions}, commit {run['commit']}."
     )
 
 
