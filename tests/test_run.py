@@ -350,7 +350,7 @@ def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, mo
     assert all(run.standing(folder)[name].parent == folder for name in page)
     run.publish(params.read(profile, {"results_dir": str(folder.parent)}), folder)
     after = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
-    assert {name for name in after if after[name] != before[name]} <= {*page, "headline.json", "headline.png"}
+    assert {name for name in after if after[name] != before.get(name)} <= {*page, "headline.json", "headline.png"}
     assert after[f"{profile}.json"] == (folder / f"{notebook}.json").read_bytes()
     assert readme_headline(kept) in (tmp_path / "README.md").read_text(encoding="utf-8")
     values = store.read_json(kept / "headline.json")["values"]

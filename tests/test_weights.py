@@ -1,5 +1,7 @@
+import collections
 import copy
 import math
+import random
 import warnings
 from dataclasses import dataclass
 from functools import partial
@@ -958,9 +960,22 @@ def _times(scale, of=None):
     return (lambda x: scale * x) if of is None else (lambda x, *, by=scale: by * x)
 
 
+def _recursive(scale):
+    """A function with a cell that is still empty."""
+
+    def times(x):
+        return scale * x if later is None else later(x)
+
+    return times
+    later = None
+
+
 @dataclass
 class Held:
     by: object
+
+    def times(self, x):
+        return self.by * x
 
 
 def _in_order(*names):
@@ -993,6 +1008,8 @@ def _hooked():
         (Scaled(scale=torch.float16), Scaled(scale=torch.float64), r"'\.scale' is "),
         (Scaled(scale={1.0}), Scaled(scale={2.0}), r"'\.scale' is {1.0}"),
         (Scaled(scale=math.floor), Scaled(scale=math.ceil), r"'\.scale' is "),
+        (Scaled(scale=Held(1.0).times), Scaled(scale=Held(2.0).times), r"'\.scale' is "),
+        (Scaled(scale=_recursive(1.0)), Scaled(scale=_recursive(2.0)), r"'\.scale' is "),
         (Scaled(scale=[nn.ReLU()]), Scaled(scale=[nn.GELU()]), r"'\.scale' is \['ReLU'\]"),
         (
             Scaled(scale=[torch.ones(1)]),
@@ -1032,7 +1049,18 @@ def test_networks_that_compute_something_else_beside_their_tensors_are_refused(a
 
 @pytest.mark.parametrize(
     "held",
-    [math.nan, [math.nan], {"a": object()}, torch.full((2,), math.nan), torch.eye(2).to_sparse(), np.ones, nn.ReLU],
+    [
+        math.nan,
+        [math.nan],
+        {"a": object()},
+        torch.full((2,), math.nan),
+        torch.eye(2).to_sparse(),
+        torch.ones(2, dtype=torch.cfloat).conj(),
+        np.ones,
+        nn.ReLU,
+        {nn.Parameter(torch.ones(1))},
+        collections.defaultdict(list, a=[1]),
+    ],
 )
 def test_what_copies_hold_alike_is_no_difference(held):
     round = SimpleNamespace(held=held)
@@ -1162,8 +1190,39 @@ class Normalizing(nn.Module):
         return F.linear(x, F.normalize(self.linear.weight))
 
 
-def test_a_weight_that_is_made_of_a_layers_below_needs_the_proof():
-    total = WeightSum([Normalizing(), Normalizing()])
+class Wrapped(Normalizing):
+    """The same in a nested function, and behind a property."""
+
+    def forward(self, x):
+        return sum(F.linear(each, self.normal) for each in (x, x))
+
+    @property
+    def normal(self):
+        return (lambda of: F.normalize(of.weight))(self.linear)
+
+
+class Initialized(nn.Module):
+    """What sets its weights names them, which its forward does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def _init_weights(self):
+        nn.init.ones_(self.linear.weight)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def test_what_sets_weights_needs_no_proof():
+    a, b = Initialized(), Initialized()
+    assert torch.equal(WeightSum([a, b]).materialize().linear.weight, a.linear.weight + b.linear.weight)
+
+
+@pytest.mark.parametrize("kind", [Normalizing, Wrapped])
+def test_a_weight_that_is_made_of_a_layers_below_needs_the_proof(kind):
+    total = WeightSum([kind(), kind()])
     with pytest.raises(ValueError, match="call the sum on an example first"):
         total.materialize()
     with pytest.raises(ValueError, match="by linalg_vector_norm"):
@@ -1180,12 +1239,25 @@ class Decaying(nn.Module):
 
     def forward(self, x):
         self.last = self.linear(x)
+        self.kept = Held(self.last)
         return self.last, sum(p.square().sum() for p in self.decayed)
 
 
 def test_a_list_of_registered_parameters_is_refused_once_it_takes_part():
     with pytest.raises(ValueError, match="takes part that the network has not registered"):
         WeightSum([Decaying(), Decaying()])(torch.ones(1, 3))
+
+
+def test_generators_of_random_numbers_may_have_come_to_another_place():
+    made = [Scaled(scale=1.0, g=random.Random(i), h=np.random.default_rng(i)) for i in range(2)]
+    vars(made[1])["zero"], vars(made[0])["zero"] = torch.tensor([-0.0]), torch.tensor([0.0])
+    WeightSum(made)
+
+
+def test_a_traced_graph_is_compared_in_time():
+    networks = [torch.fx.symbolic_trace(torch.nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))) for _ in range(2)]
+    x = torch.ones(1, 3)
+    assert torch.allclose(WeightSum(networks)(x), by_hand(networks, [1, 1])(x), atol=1e-6)
 
 
 def test_what_forward_keeps_is_no_hindrance():

@@ -41,10 +41,10 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable, owners: Tensor | N
 
     Raises:
         TypeError: an iterator, which one pass uses up, or something that holds no tensors.
-        ValueError: ``owners`` of something else than a sum and a tensor of as many images, or a network with fewer
-            than two of them; fewer than two images, images that change from pass to pass, inputs of a layer that are
-            not finite; a scripted module; a layer that keeps no running statistics, is used twice or never reached. The
-            layer is named.
+        ValueError: ``owners`` of something else than a sum and a tensor of as many images, a network with fewer than
+            two of them, or a layer that has another number of inputs; fewer than two images, images that change from
+            pass to pass, inputs of a layer that are not finite; a scripted module; a layer that keeps no running
+            statistics, is used twice or never reached. The layer is named.
     """
     whole = isinstance(images, Tensor)
     if isinstance(images, Iterator) or not isinstance(images, Iterable):

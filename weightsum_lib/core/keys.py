@@ -238,12 +238,14 @@ def with_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module
         network: left as it is. Tensors that it holds under two names stay one tensor.
         tensors: all parameters and buffers by name, copied; parameters require gradients as the network's do.
     """
-    memo = {}  # what deepcopy puts in place of the network's own tensors
+    memo = {}  # what deepcopy puts in place of the network's own tensors, and of what forward has kept with its graph
+    for module in network.modules():
+        held = [*vars(module).values()]
+        held += [getattr(leaf, "__dict__", {}) for leaf in tree_leaves(held)]
+        memo |= {id(t): t.detach().clone() for t in tensors_in(held) if t.grad_fn is not None}
     for name, tensor in tensors_of(network).items():
         held = tensors[name].detach().clone()
         memo[id(tensor)] = nn.Parameter(held, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else held
-    for module in network.modules():  # what forward has kept can't be copied with its graph
-        memo |= {id(t): t.detach() for t in tensors_in([*vars(module).values()]) if t.grad_fn is not None}
     network = copy.deepcopy(network, memo)
     for module in network.modules():
         held = getattr(module, "weight", None)

@@ -65,7 +65,8 @@ def _fill(network: nn.Module, vector: Tensor) -> None:
 def _check_evaluating(networks: Sequence[nn.Module]) -> None:
     for i, network in enumerate(networks):
         for name, module in network.named_modules():
-            if module.training and (module._buffers or isinstance(module, _DropoutNd)):
+            drops = isinstance(module, _DropoutNd) or getattr(module, "dropout", 0)
+            if module.training and (module._buffers or drops):
                 raise ValueError(f"'{name}' of network {i} is in training mode; call eval() on the network first")
 
 
@@ -180,7 +181,7 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
 
     Raises:
         ValueError: a group that no convolution or linear layer reads, or weights of other layers, as transposed
-            convolutions; it is named.
+            convolutions; a network in training mode. It is named.
     """
     _check_evaluating(networks)
     readers = _readers(networks[0], channels)
@@ -335,7 +336,7 @@ def regmean(networks: Sequence[nn.Module], inputs: Sequence[Tensor], shrink: flo
 
     Raises:
         ValueError: a convolution with groups, dilation or other padding than a number of zeros, whose patches this
-            does not gather; it is named.
+            does not gather; a network in training mode. It is named.
     """
     _check_evaluating(networks)
     grams = [_gram_matrices(n, x) for n, x in zip(networks, inputs, strict=True)]
@@ -395,7 +396,7 @@ def fisher_average(
         the merged network; its batch-norm statistics are to be re-estimated.
 
     Raises:
-        ValueError: another number of fishers or coefficients than of networks.
+        ValueError: another number of fishers or coefficients than of networks, or weights that give no mean.
     """
     merged, own = average(networks), torch.stack([_vector(n.parameters()) for n in networks])
     weights = torch.stack([c * f for c, f, _ in zip(coefficients or [1.0] * len(own), fishers, own, strict=True)])
@@ -419,7 +420,7 @@ def fisher_information(network: nn.Module, x: Tensor) -> Tensor:
         (parameters,), in the order of ``network.parameters()``.
 
     Raises:
-        ValueError: a parameter that requires no gradient; it is named.
+        ValueError: a parameter that requires no gradient, a network in training mode; it is named.
     """
     _check_evaluating([network])
     parameters = dict(network.named_parameters())
@@ -462,7 +463,7 @@ def relabelled(network: nn.Module, permutation: Tensor) -> nn.Module:
         permutation: (classes,) int64.
 
     Raises:
-        ValueError: something else than each class once.
+        ValueError: something else than each class once; no last linear layer, or one whose weight is not its own.
     """
     network = copy.deepcopy(network)
     *_, last = None, *(m for m in network.modules() if isinstance(m, nn.Linear))

@@ -3,8 +3,7 @@
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from functools import partial
+from contextlib import nullcontext
 from itertools import zip_longest
 from numbers import Real
 from types import CodeType, FunctionType
@@ -20,6 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from weightsum_lib.core.alike import check_alike, entries, settings, tensors_with_roles
 from weightsum_lib.core.keys import Key, check_channels, embed, tensors_in, tensors_of, with_tensors
 
 # Operations that are affine in all their tensors together, and those in each of two factors (after a bias, some).
@@ -31,8 +31,6 @@ _AFFINE = (
 )
 _BIASED = frozenset(("addmm", "addmv", "baddbmm"))
 _PRODUCTS = _BIASED | {"mul", "mm", "bmm", "mv", "dot", "convolution"}
-_MODULE = frozenset(vars(nn.Module()))  # attributes that say nothing of a module's own computation
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), CodeType, set, frozenset)
 
 
 def weighted_sum(parents: Iterable[Mapping[str, Tensor]], coefficients: Sequence[float]) -> dict[str, Tensor]:
@@ -57,7 +55,7 @@ def weighted_sum(parents: Iterable[Mapping[str, Tensor]], coefficients: Sequence
             raise ValueError(f"a sum takes one finite number a network as coefficients, got {list(coefficients)}")
         own = {name: (tuple(t.shape), t.dtype, t.device) for name, t in parent.items()}
         kinds = kinds if i else own
-        _check_alike(kinds, own, i)
+        check_alike(kinds, own, i)
         for name, tensor in parent.items():
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 raise ValueError(f"'{name}' holds {tensor.dtype}, which has no weighted sum; leave it out")
@@ -67,77 +65,13 @@ def weighted_sum(parents: Iterable[Mapping[str, Tensor]], coefficients: Sequence
     return {name: tensor.to(kinds[name][1]) for name, tensor in total.items()}
 
 
-def _check_alike(first: Mapping[str, object], other: Mapping[str, object], number: int) -> None:
-    for name in [*first, *other]:
-        here, there = first.get(name, "missing"), other.get(name, "missing")
-        if here != there:
-            what = f"'{name}' is {here!s:.200} in network 0 and {there!s:.200} in network {number}"
-            raise ValueError(f"{what}; a sum of weights needs one architecture, width, type and device, equal settings")
-
-
-def _tensors(network: nn.Module) -> dict[str, tuple[str, Tensor]]:
-    """All tensors under all their names: role (parameter, statistic of batch norm, constant) and tensor."""
-    found = {}
-    for path, module in network.named_modules(remove_duplicate=False):
-        held = ((k, v, i, t) for k, v in vars(module).items() if k not in _MODULE for i, t in enumerate(tensors_in(v)))
-        own = {k if t is v else f"{k}[{i}]": t for k, v, i, t in held if t is v or not isinstance(t, nn.Parameter)}
-        for name, tensor in {**own, **module._parameters, **module._buffers}.items():
-            if isinstance(tensor, Tensor):
-                norm = isinstance(module, _BatchNorm) and name in ("running_mean", "running_var", "num_batches_tracked")
-                role = "parameter" if isinstance(tensor, nn.Parameter) else "statistic" if norm else "constant"
-                found[f"{path}.{name}" if path else name] = role, tensor
-    return found
-
-
-def _entries(tensor: Tensor) -> bytes:
-    """A tensor's values, to compare; NaN is NaN."""
-    dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-    return dense.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _value(value: object, seen: tuple[int, ...] = ()) -> object:
-    """A setting as it can be compared: a function by its code and what it holds, an object by what pickle takes of it.
-
-    Of modules and parameters, which are compared by themselves, and of what can't be pickled there is only the type.
-    """
-    value = getattr(value, "fget", None) or getattr(value, "__func__", value)  # a property's function, a method's
-    inner = partial(_value, seen=(*seen, id(value)))
-    if isinstance(value, _PLAIN):
-        return value if value == value else "nan"
-    if isinstance(value, Tensor) and not (isinstance(value, nn.Parameter) or value.is_meta):
-        return _entries(value)
-    if not (isinstance(value, type | nn.Module | Tensor) or id(value) in seen):
-        with suppress(Exception):  # of any kind: what can't be pickled, an empty cell
-            if isinstance(value, FunctionType):
-                cells = [cell.cell_contents for cell in value.__closure__ or ()]
-                return [value.__code__, *map(inner, (value.__defaults__, value.__kwdefaults__, cells))]
-            if isinstance(value, Mapping):
-                return {str(key): inner(held) for key, held in value.items()}
-            if isinstance(value, list | tuple):
-                return [*map(inner, value)]
-            name, *parts = [taken] if isinstance(taken := value.__reduce_ex__(4), str) else taken
-            return [inner(name), *(inner([*part] if isinstance(part, Iterator) else part) for part in parts)]
-    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else type(value).__qualname__
-
-
-def _settings(path: str, module: nn.Module) -> dict[str, object]:
-    """What a module's computation may depend on beside its tensors: kind, layers, what its classes and it have."""
-    found = {f"module {path}": f"{module._get_name()}({module.extra_repr()}) of {[*module._modules]}"}
-    for depth, base in enumerate(type(module).__mro__[:-1]):
-        for name, held in vars(base).items() if not base.__module__.startswith("torch.") else ():
-            if isinstance(held, FunctionType) or not name.startswith("__"):
-                found[f"code of {path}{depth * '.super()'}.{name}"] = _value(held)
-    own = {k: v for k, v in vars(module).items() if k not in _MODULE and not isinstance(v, Tensor)}
-    return found | {f"{path}.{name}": _value(held) for name, held in own.items()}
-
-
 def check_summable(networks: Sequence[nn.Module]) -> None:
     """Raise unless the networks are one computation on different parameters, and the parameters its weights."""
     first = None
     for i, network in enumerate(networks):
         if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
             raise ValueError(f"network {i}, a {type(network).__name__}, is no module with parameters to sum")
-        modules, tensors, kinds, names = {}, _tensors(network), {}, {}
+        modules, tensors, kinds, names = {}, tensors_with_roles(network), {}, {}
         for name, (role, tensor) in tensors.items():
             if is_lazy(tensor):
                 raise ValueError(f"'{name}' of network {i} has no shape yet: call the network on an example first")
@@ -145,18 +79,18 @@ def check_summable(networks: Sequence[nn.Module]) -> None:
             kinds[name] = f"{tuple(tensor.shape)}, a {role} of {tensor.dtype} on {tensor.device}"
             kinds[name] += f", tied to '{tied}'" if tied != name else ""
         for path, module in network.named_modules(remove_duplicate=False):
-            modules |= _settings(path, module)
+            modules |= settings(path, module)
             hooked = module._forward_pre_hooks or module._forward_hooks
             if is_parametrized(module) or hooked or isinstance(module, WeightSum):
                 todo = "remove or merge first (remove_parametrizations, remove_weight_norm, prune.remove, materialize)"
                 raise ValueError(f"'{path}' of network {i} is a sum, parametrized, or has a forward (pre-)hook; {todo}")
         first = first or (kinds, modules, tensors)
-        _check_alike(first[0], kinds, i)
+        check_alike(first[0], kinds, i)
         for name, (role, tensor) in tensors.items():
             same = role != "constant" or tensor is first[2][name][1] or tensor.is_meta
-            if not (same or _entries(tensor) == _entries(first[2][name][1])):
+            if not (same or entries(tensor) == entries(first[2][name][1])):
                 raise ValueError(f"'{name}', which is no parameter, differs between networks 0 and {i}; a sum has one")
-        _check_alike(first[1], modules, i)
+        check_alike(first[1], modules, i)
 
 
 def _unproven(network: nn.Module) -> Iterator[str]:
@@ -164,11 +98,24 @@ def _unproven(network: nn.Module) -> Iterator[str]:
     last = {name.rpartition(".")[2] for name, _ in network.named_parameters()}
     for path, module in network.named_modules():
         others = [c for c in type(module).__mro__ if not c.__module__.startswith(("torch.nn.", "weightsum_lib."))]
-        methods = [f for c in others for name, f in vars(c).items() if name != "__init__"]
-        named = {name for f in methods if isinstance(f, FunctionType) for name in f.__code__.co_names}
         own = module._parameters and (len(others) > 1 or "container" in type(module).__module__)  # besides object
-        if own or named & last:
+        if own or _names(others) & last:
             yield path
+
+
+def _names(classes: Sequence[type]) -> set[str]:
+    """What forward names, and what it may call of these classes, as far as their code says."""
+    found, todo = set(), {"forward"}
+    while new := todo - found:
+        found |= new
+        held = [vars(c)[name] for c in classes for name in new if name in vars(c)]
+        held = [getattr(f, "fget", None) or getattr(f, "__func__", f) for f in held]
+        codes = [f.__code__ for f in held if isinstance(f, FunctionType)]
+        while codes:
+            code = codes.pop()
+            todo |= {*code.co_names}
+            codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return found
 
 
 class _Followed(TorchDispatchMode):
@@ -191,7 +138,7 @@ class _Followed(TorchDispatchMode):
         super().__init__()
         self.layers = set(layers)
         # storage: parameters that it depends on, whether on the input too, and what keeps its address from being reused
-        constants = [t for role, t in _tensors(body).values() if role != "parameter"]
+        constants = [t for role, t in tensors_with_roles(body).values() if role != "parameter"]
         objects = [getattr(leaf, "__dict__", {}) for leaf in tree_leaves(inputs)]  # batches of other libraries
         self.sources = {_storage(t): (frozenset(), False, t) for t in constants}
         self.sources |= {_storage(t): (frozenset([name]), False, t) for name, t in weights.items()}
@@ -306,7 +253,7 @@ class WeightSum(nn.Module):
             tensors = tensors_of(network)
             if wide:
                 check_channels(network, keys[0].channels)
-                roles = {name: role for name, (role, _) in _tensors(network).items()}
+                roles = {name: role for name, (role, _) in tensors_with_roles(network).items()}
                 for name, axes in wide[0].items():
                     if axes and roles[name] == "constant":
                         raise ValueError(f"'{name}' can't be shared under keys: it runs over hidden channels")
@@ -397,7 +344,7 @@ class WeightSum(nn.Module):
             ValueError: a variance would be negative, under a negative coefficient; under keys, a layer whose channels
                 have none, since they reach the input or output.
         """
-        names = [name for name, (role, _) in _tensors(self.body).items() if role == "statistic"]
+        names = [name for name, (role, _) in tensors_with_roles(self.body).items() if role == "statistic"]
         for name in names if self.keys else ():
             if self.body.get_buffer(name).ndim and not self.keys[0].channels.axes[name]:
                 raise ValueError(f"'{name}' is of channels that all networks share; recalibrate(sum, images) instead")
@@ -446,7 +393,7 @@ def compare_layers(a: nn.Module, b: nn.Module) -> list[dict]:
     """
     kinds = _ConvNd | nn.Linear
     layers = [{n: m.weight.double() for n, m in net.named_modules() if isinstance(m, kinds)} for net in (a, b)]
-    _check_alike(*({name: tuple(w.shape) for name, w in weights.items()} for weights in layers), 1)
+    check_alike(*({name: tuple(w.shape) for name, w in weights.items()} for weights in layers), 1)
     rows, last = [], [name.rpartition(".")[2] for name in layers[0]]
     for (name, weight), short in zip(layers[0].items(), last, strict=True):
         wa, wb = weight.flatten(), layers[1][name].flatten()
