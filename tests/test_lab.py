@@ -1,5 +1,6 @@
 """Notebooks by hand: in JupyterLab, in a real browser, and with their cells in any order."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 
 import jupytext
@@ -36,7 +36,7 @@ RUN_ALL = """(async () => {
 FIGURES = "document.querySelectorAll('.jp-RenderedImage img').length"
 
 
-@contextmanager
+@contextlib.contextmanager
 def process(command, **options):
     """A program, until it is no longer wanted."""
     running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **options)
@@ -47,20 +47,17 @@ def process(command, **options):
         running.wait(30)
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
-def answer(url, running, seconds=60):
-    """What an address says, as soon as there is somebody who says something."""
+def port_of(running, folder, pattern, read, seconds=60):
+    """The port that a program has chosen, which it writes to a file, as soon as it answers there."""
     for _ in range(10 * seconds):
         assert running.poll() is None, f"{running.args} has ended"
-        try:
-            return urllib.request.urlopen(url, timeout=10).read()
-        except OSError:
-            time.sleep(0.1)
-    raise TimeoutError(url)
+        with contextlib.suppress(OSError, ValueError):
+            (written,) = folder.glob(pattern)
+            port = int(read(written.read_text(encoding="utf-8")))
+            with socket.create_connection(("127.0.0.1", port), timeout=10):
+                return port
+        time.sleep(0.1)
+    raise TimeoutError(pattern)
 
 
 class Page:
@@ -138,16 +135,17 @@ def test_cells_that_ran_in_any_order_and_again_show_the_same_in_order(name, resu
 def test_a_notebook_runs_in_jupyterlab_in_a_browser(tmp_path):
     name = "01_mnist_cifar10"
     jupytext.write(tiny_notebook(name, tmp_path / "results"), tmp_path / f"{name}.ipynb")
-    port, devtools = free_port(), free_port()
-    lab = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", "--port-retries=0"]
+    lab = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root"]
     lab += ["--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp_path}"]
     places = {key: str(tmp_path / key) for key in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "IPYTHONDIR")}
     environment = {**os.environ, **places, "PYTHONPATH": str(ROOT), "JUPYTER_PREFER_ENV_PATH": "1"}
     environment.pop("PYTEST_CURRENT_TEST")  # with it a kernel's own standard error stays out of its cells
-    browser = [CHROMIUM, *QUIET, f"--remote-debugging-port={devtools}", f"--user-data-dir={tmp_path / 'profile'}"]
+    browser = [CHROMIUM, *QUIET, "--remote-debugging-port=0", f"--user-data-dir={tmp_path / 'profile'}"]
     with process(lab, env=environment, cwd=ROOT) as server, process([*browser, "about:blank"]) as chromium:
-        answer(f"http://127.0.0.1:{port}/api", server)
-        answer(f"http://127.0.0.1:{devtools}/json", chromium)
+        port = port_of(
+            server, tmp_path, "JUPYTER_DATA_DIR/runtime/jpserver-*.json", lambda said: json.loads(said)["port"]
+        )
+        devtools = port_of(chromium, tmp_path, "profile/DevToolsActivePort", lambda said: said.split()[0])
         page = Page(devtools)
         page.does("Page.navigate", url=f"http://127.0.0.1:{port}/lab")
         page.wait_for("Boolean(window.jupyterapp)")
