@@ -1,11 +1,8 @@
 """The whole study, with the profile for tests, in a copy of the tree: notebooks, book, and what make decides."""
 
-import contextlib
 import getpass
-import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -17,14 +14,13 @@ from pathlib import Path
 import jupytext
 import nbformat
 import pytest
+from conftest import SMOKE
 from nbclient import NotebookClient
 
 from weightsum_lib import run
-from weightsum_lib.report.page import readme_headline
 from weightsum_lib.study import params, store
 
 ROOT = Path(__file__).parent.parent
-SMOKE = ["--profile", "smoke", "--device", "cpu"]
 NOTEBOOKS = [
     "00_how_to_sum",
     "01_mnist_cifar10",
@@ -35,60 +31,11 @@ NOTEBOOKS = [
 ]
 
 
-class House:
-    """A copy of the repository, run with this interpreter."""
-
-    def __init__(self, path: Path, environment: dict):
-        self.path, self.results, self.html = path, path / "results" / "smoke", path / "book" / "_build" / "html"
-        self.environment = {**os.environ, "PYTHONPATH": str(path), **environment}
-        self.environment.pop("PYTEST_CURRENT_TEST", None)  # with it no kernel looks at its own standard error
-
-    def run(self, *arguments):
-        return self.python("-m", "weightsum_lib.run", *arguments)
-
-    def python(self, *arguments, **environment):
-        command, environment = [sys.executable, *map(str, arguments)], self.environment | environment
-        return subprocess.run(command, cwd=self.path, env=environment, capture_output=True, text=True)
-
-    def notebook(self, name):
-        return nbformat.read(self.results / f"{name}.ipynb", as_version=4)
-
-    def write(self, file, old, new):
-        """Put something else into a file; returns what was in it."""
-        text = (self.path / file).read_text(encoding="utf-8")
-        assert old in text
-        (self.path / file).write_text(text.replace(old, new, 1), encoding="utf-8")
-        return text
-
-    @contextlib.contextmanager
-    def edited(self, file, old, new):
-        """A file with something else in it, for a while."""
-        text = self.write(file, old, new)
-        try:
-            yield
-        finally:
-            (self.path / file).write_text(text, encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
-def house(tmp_path_factory):
-    """The copy after one whole run, on a machine that has another ``python3`` kernel in every place it may look."""
-    top = tmp_path_factory.mktemp("house")
-    path = top / "copy"
-    for name in ("book", "notebooks", "weightsum_lib", "params"):
-        ignore = shutil.ignore_patterns("_build", "published", "__pycache__", "*.ipynb", ".*")
-        shutil.copytree(ROOT / name, path / name, ignore=ignore)
-    (path / "book" / "published").mkdir()
-    for name in run.standing(top):  # the pages on speed, size and those of one profile need them
-        shutil.copyfile(ROOT / "book" / "published" / name, path / "book" / "published" / name)
-    foreign = top / "foreign" / "kernels" / "python3"
-    foreign.mkdir(parents=True)
-    spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "foreign", "language": "python"}
-    (foreign / "kernel.json").write_text(json.dumps(spec))
-    places = {"JUPYTER_PATH": str(top / "foreign"), "JUPYTER_DATA_DIR": str(top / "foreign")}
-    house = House(path, places)
-    house.first = house.run("all", *SMOKE)
-    return house
+def house(tree):
+    """The copy after one whole run."""
+    tree.first = tree.run("all", *SMOKE)
+    return tree
 
 
 def test_the_study_runs_from_nothing_to_a_report(house):
@@ -270,40 +217,6 @@ def test_a_failing_notebook_shows_its_traceback_and_a_missing_number_is_named_an
     assert not [p for p in house.results.iterdir() if p.name.startswith(".")]  # nothing is left half written
 
 
-def test_wrong_parameters_stop_before_anything_runs(house):
-    with house.edited("params/smoke.yaml", "epochs: 2", "epocs: 2"):
-        failed = house.run("all", "--profile", "smoke")
-    assert failed.returncode == 2 and failed.stdout == ""
-    assert "params/smoke.yaml: unknown parameter 'epocs'; did you mean 'epochs'?" in failed.stderr
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["all", "--profile", "full"], "no GPU here"),
-        (["all", "--profile", "published"], "make book PROFILE=published"),
-        (["all", "--profile", "literal"], "one page and no report: make notebooks PROFILE=literal"),
-        (["notebooks", "--profile", "literal", "--notebook", "02"], "begins with '02'; there are 01_mnist_cifar10"),
-        (
-            ["all", "--profile", "smoke", "--seeds", "two"],
-            "'seeds' (seeds 0, 1, … of each method) must be int from 1 to 1000, got 'two' (str)",
-        ),
-        (["all", "--profile", "smoke", "--notebook", "09"], "no notebook begins with '09'; there are 00_how_to_sum, "),
-        (["book", "--profile", "quick"], "make all PROFILE=quick"),
-        (["book", "--profile", "nope"], "no parameter file params/nope.yaml"),
-    ],
-)
-def test_what_cannot_be_run_stops_at_once_and_says_what_to_do(house, arguments, message):
-    failed = house.run(*arguments)
-    assert failed.returncode == 2 and message in failed.stderr and failed.stdout == ""
-
-
-def test_a_dataset_that_is_neither_there_nor_allowed_stops_at_once(house):
-    with house.edited("params/smoke.yaml", "allow_standin: [mnist, cifar10, svhn]", "allow_standin: [mnist, cifar10]"):
-        failed = house.run("all", "--profile", "smoke")
-    assert failed.returncode == 2 and "no SVHN" in failed.stderr and "allow_standin: [svhn]" in failed.stderr
-
-
 def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house, monkeypatch, capsys):
     """In this process, so that the coverage of the runner is measured."""
     for name, value in (("JUPYTER_PATH", ""), ("JUPYTER_PREFER_ENV_PATH", "1"), ("WEIGHTSUM_NO_DOWNLOAD", "")):
@@ -329,32 +242,6 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
     assert "not of this code and these parameters" in capsys.readouterr().err
     # nothing but what the house began with
     assert {f.name for f in (house.path / "book" / "published").iterdir()} == {*run.standing(house.path)}
-
-
-@pytest.mark.parametrize(("profile", "notebook"), [("literal", "01_mnist_cifar10"), ("residual", "05_beside_others")])
-def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch, profile, notebook):
-    kept = shutil.copytree(ROOT / "book" / "published", tmp_path / "published")
-    before = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
-    shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    monkeypatch.setattr(run, "PUBLISHED", kept)
-    monkeypatch.setattr(run, "_is_fresh", lambda *_: True)
-    folder = tmp_path / "results" / profile
-    page = [f"{profile}.json", f"{profile}.ipynb"]
-    assert all(run.standing(folder)[name] == kept / name for name in page)
-    content = store.read_json(kept / f"{notebook}.json") | {"claims": store.file_sha256(params.CLAIMS)}
-    content["provenance"]["commit"], content["provenance"]["params"]["arch"] = "abc123", "vgg99"
-    store.write_json(folder / f"{notebook}.ipynb", {"cells": []})
-    assert run.standing(folder)[f"{profile}.ipynb"] == kept / f"{profile}.ipynb"  # without results it failed
-    store.write_json(folder / f"{notebook}.json", content)
-    assert all(run.standing(folder)[name].parent == folder for name in page)
-    run.publish(params.read(profile, {"results_dir": str(folder.parent)}), folder)
-    after = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
-    assert {name for name in after if after[name] != before.get(name)} <= {*page, "headline.json", "headline.png"}
-    assert after[f"{profile}.json"] == (folder / f"{notebook}.json").read_bytes()
-    assert readme_headline(kept) in (tmp_path / "README.md").read_text(encoding="utf-8")
-    values = store.read_json(kept / "headline.json")["values"]
-    assert "VGG99" in values.pop(f"{profile}_notice") and not any("VGG99" in str(value) for value in values.values())
 
 
 def test_an_edit_of_the_ipynb_alone_is_neither_run_over_nor_lost(house):
@@ -409,7 +296,7 @@ def test_a_notebook_runs_in_jupyterlab_with_its_default_parameters_and_runs_agai
 def test_papermill_by_hand_means_every_line_of_the_file(house, monkeypatch):
     """A profile of one's own, which differs in a number that no network depends on."""
     text = (house.path / "params" / "smoke.yaml").read_text(encoding="utf-8")
-    text = text.replace("profile: smoke", "profile: mine").replace("plane_points: 4", "plane_points: 7")
+    text = text.replace("profile: smoke", "profile: mine").replace("draws: 2", "draws: 3")
     (house.path / "params" / "mine.yaml").write_text(text, encoding="utf-8")
     notebook, page = "notebooks/01_mnist_cifar10.ipynb", house.path / "out.ipynb"
     assert house.python("-m", "jupytext", "--to", "ipynb", "notebooks/01_mnist_cifar10.py").returncode == 0
@@ -456,11 +343,3 @@ def test_a_runner_that_is_ended_takes_its_notebook_with_it(house, how):
     assert time.monotonic() - started < 5
     if how == signal.SIGTERM:
         assert runner.returncode == 130 and "goes on from the last finished epoch" in said and "Traceback" not in said
-
-
-def test_make_without_a_target_prints_the_targets():
-    if not shutil.which("make"):
-        pytest.skip("no make on this machine")
-    said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
-    for word in ("all", "test", "lab", "book", "PROFILE", "DATA_DIR", "SEEDS", "DEVICE"):
-        assert re.search(rf"\b{word}\b", said), word

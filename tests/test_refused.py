@@ -1,0 +1,82 @@
+"""What the runner refuses before anything runs, and what it publishes, in a copy of the tree where nothing has run."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from weightsum_lib import run
+from weightsum_lib.report.page import readme_headline
+from weightsum_lib.study import params, store
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_wrong_parameters_stop_before_anything_runs(tree):
+    with tree.edited("params/smoke.yaml", "epochs: 2", "epocs: 2"):
+        failed = tree.run("all", "--profile", "smoke")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert "params/smoke.yaml: unknown parameter 'epocs'; did you mean 'epochs'?" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["all", "--profile", "full"], "no GPU here"),
+        (["all", "--profile", "published"], "make book PROFILE=published"),
+        (["all", "--profile", "literal"], "one page and no report: make notebooks PROFILE=literal"),
+        (["notebooks", "--profile", "literal", "--notebook", "02"], "begins with '02'; there are 01_mnist_cifar10"),
+        (
+            ["all", "--profile", "smoke", "--seeds", "two"],
+            "'seeds' (seeds 0, 1, … of each method) must be int from 1 to 1000, got 'two' (str)",
+        ),
+        (["all", "--profile", "smoke", "--notebook", "09"], "no notebook begins with '09'; there are 00_how_to_sum, "),
+        (["book", "--profile", "quick"], "make all PROFILE=quick"),
+        (["book", "--profile", "nope"], "no parameter file params/nope.yaml"),
+    ],
+)
+def test_what_cannot_be_run_stops_at_once_and_says_what_to_do(tree, arguments, message):
+    failed = tree.run(*arguments)
+    assert failed.returncode == 2 and message in failed.stderr and failed.stdout == ""
+
+
+def test_a_dataset_that_is_neither_there_nor_allowed_stops_at_once(tree):
+    with tree.edited("params/smoke.yaml", "allow_standin: [mnist, cifar10, svhn]", "allow_standin: [mnist, cifar10]"):
+        failed = tree.run("all", "--profile", "smoke")
+    assert failed.returncode == 2 and "no SVHN" in failed.stderr and "allow_standin: [svhn]" in failed.stderr
+
+
+@pytest.mark.parametrize(("profile", "notebook"), [("literal", "01_mnist_cifar10"), ("residual", "05_beside_others")])
+def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch, profile, notebook):
+    kept = shutil.copytree(ROOT / "book" / "published", tmp_path / "published")
+    before = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
+    shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "PUBLISHED", kept)
+    monkeypatch.setattr(run, "_is_fresh", lambda *_: True)
+    folder = tmp_path / "results" / profile
+    page = [f"{profile}.json", f"{profile}.ipynb"]
+    assert all(run.standing(folder)[name] == kept / name for name in page)
+    content = store.read_json(kept / f"{notebook}.json") | {"claims": store.file_sha256(params.CLAIMS)}
+    content["provenance"]["commit"], content["provenance"]["params"]["arch"] = "abc123", "vgg99"
+    store.write_json(folder / f"{notebook}.ipynb", {"cells": []})
+    assert run.standing(folder)[f"{profile}.ipynb"] == kept / f"{profile}.ipynb"  # without results it failed
+    store.write_json(folder / f"{notebook}.json", content)
+    assert all(run.standing(folder)[name].parent == folder for name in page)
+    run.publish(params.read(profile, {"results_dir": str(folder.parent)}), folder)
+    after = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
+    assert {name for name in after if after[name] != before.get(name)} <= {*page, "headline.json", "headline.png"}
+    assert after[f"{profile}.json"] == (folder / f"{notebook}.json").read_bytes()
+    assert readme_headline(kept) in (tmp_path / "README.md").read_text(encoding="utf-8")
+    values = store.read_json(kept / "headline.json")["values"]
+    assert "VGG99" in values.pop(f"{profile}_notice") and not any("VGG99" in str(value) for value in values.values())
+
+
+def test_make_without_a_target_prints_the_targets():
+    if not shutil.which("make"):
+        pytest.skip("no make on this machine")
+    said = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+    for word in ("all", "test", "lab", "book", "PROFILE", "DATA_DIR", "SEEDS", "DEVICE"):
+        assert re.search(rf"\b{word}\b", said), word
