@@ -22,7 +22,9 @@
 # channels by itself, knowing nothing of the other, so that some of its channels are the partner's too; a layer of
 # fewer than 64 channels gets the room of one that has 64. What is agreed is the size of the sum, and the kind of
 # images to be quiet on. `keys alone` are small networks that were trained plainly, and added under keys drawn in the same
-# way. What each part of the training adds, and denser and sparser keys, are on the [next page](04_what_transfers).
+# way. Is it only the width of the sum? Dense networks *twice as wide* (in profiles that have them) are as wide as the sum
+# under random keys. What each part of the training adds, and denser and sparser keys, are on the
+# [next page](04_what_transfers).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -156,16 +158,22 @@ tables.shown(policy_table)
 # %% [markdown]
 # ## As others merge, and what is the ceiling
 #
-# The same two networks, trained apart (`independent`, or from a shared start where the row says so), merged by the
-# methods of the literature. Statistics: `union`; of the ensemble and of one network that was trained on both tasks
-# their `own`; of *random signs*, which are told which task a test image is from, `per_task`. Where a way has
-# coefficients, validation images choose. *Random weights of the partner's norms* stand in for each network in turn, as a
-# control. The last rows did meet: networks that were trained on both tasks. Who has both datasets should train one
-# network on both. (`quick` has neither these rows nor the ways that take long.)
+# The same two networks, trained apart (`independent`), from a `shared start`, or under `random keys` and so quiet on
+# other images, merged by the methods of the literature. Statistics: `union`; of the ensemble `own`; of *random
+# signs*, which are told which task a test image is from, `per_task`. Where a way has coefficients, validation images
+# choose. *Random weights of the partner's norms* stand in for each network in turn, as a control.
+#
+# The last rows did meet, in training on both tasks: one network for all images; a pair whose third term keeps both
+# tasks; and one set of weights that is one task's network as it is, and the other's under random signs of each layer's
+# inputs (Cheung et al. 2019; told the task). Who has both datasets should train one network on both. (`quick` has
+# neither these rows nor the ways that take long.)
 
 # %% tags=["hide-input"]
-merged = [beside.mergers(study, FIRST, SECOND), measure.frame(study, measure.ceilings(study, FIRST, SECOND))]
-merged_table = tables.table(tables.summarize(tables.wide(pd.concat(merged)), ["method", "tested"]), ["after"])
+ceilings = measure.frame(study, measure.ceilings(study, FIRST, SECOND))
+ceilings["task"] = "trained on both tasks"
+merged = tables.wide(pd.concat([beside.mergers(study, FIRST, SECOND), ceilings]))
+merged = merged.rename_axis(index={"task": "networks"})
+merged_table = tables.table(tables.summarize(merged, ["networks", "method", "tested"]), ["after"])
 merged_table = merged_table.rename(columns=lambda heading: heading.replace(": after the sum", ""))
 tables.shown(merged_table)
 

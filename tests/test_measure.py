@@ -261,13 +261,15 @@ def test_the_worth_of_a_standin_is_that_of_a_network_which_saw_no_other_image(st
 
 def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
     frame = beside.mergers(study, "mnist", "svhn")
-    ways = {*beside._WAYS, *(f"{way}, shared start" for way in beside._FROM_A_START)}
-    ways.add("sum with random weights of the partner's norms")
-    assert set(frame["method"]) == ways
-    assert (frame.groupby("method")["tested"].apply(sorted).map(tuple) == ("mnist", "svhn")).all()
-    same = {"method": "independent", "tested": "mnist"}
-    assert one(frame, method="sum", tested="mnist") == one(strangers, **same, policy="union", network="sum")
-    assert one(frame, method="ensemble of logits", tested="mnist") == one(strangers, **same, network="ensemble")
+    ways = {"independent": {*beside._WAYS, "sum with random weights of the partner's norms"}}
+    ways |= {"shared start": set(beside._FROM_A_START), "random keys": set(beside._WAYS)}
+    assert {row: set(of["method"]) for row, of in frame.groupby("task")} == ways
+    assert (frame.groupby(["task", "method"])["tested"].apply(sorted).map(tuple) == ("mnist", "svhn")).all()
+    for row in ("independent", "random keys"):
+        same = {"method": row, "tested": "mnist", "network": "ensemble"}
+        assert one(frame, task=row, method="ensemble of logits", tested="mnist") == one(strangers, **same)
+    same = {"task": "independent", "method": "sum", "tested": "mnist"}
+    assert one(frame, **same) == one(strangers, method="independent", tested="mnist", policy="union", network="sum")
     start = build(study.config("shared start", "mnist"))
     a, b = (study.run(study.config("shared start", name)).networks["main"] for name in ("mnist", "svhn"))
     images = calibration(study, "mnist", "svhn")
@@ -277,10 +279,11 @@ def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
         return [percent(study, network, name, images, split) for name in ("mnist", "svhn")]
 
     best = max((0.2, 0.3, 0.5), key=lambda scale: sum(scaled(scale, "val")))  # the first of equal ones, as there
-    found = [one(frame, method="task arithmetic, shared start", tested=name) for name in ("mnist", "svhn")]
+    found = [one(frame, method="task arithmetic", tested=name) for name in ("mnist", "svhn")]
     assert found == scaled(best, "test")
     ceilings = measure.frame(study, measure.ceilings(study, "mnist", "svhn"))
-    assert len(ceilings) == 2 * 2 * study.params.ceiling_seeds
+    rows = ["one network trained on both", "random signs in training, told the task", "trained together, symmetric"]
+    assert sorted(ceilings["method"]) == [row for row in rows for _ in range(2 * study.params.ceiling_seeds)]
 
 
 def test_several_measurements_are_computed_by_processes_that_share_the_cores(study, monkeypatch, tmp_path):

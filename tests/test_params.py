@@ -195,6 +195,7 @@ def test_a_row_is_held_against_networks_of_its_own_size():
         ({"parts": {"x": {**KEYED, "keys": "random", "owner_statistics": True}}}, r"'owner_statistics' wants disjoint"),
         ({"parts": {"x": {"protocol": "joint", "symmetric_to": "main"}}}, r"'symmetric_to' wants 'symmetric: true'"),
         ({"parts": {"x": {"protocol": "joint", "permuted_main": True}}}, r"'permuted_main' wants a 'permuted_support'"),
+        ({"parts": {"x": {"protocol": "joint", "third": "ce", "superposed": True}}}, r"'superposed' wants neither"),
         ({"parts": {"x": {"protocol": "sequential", "start": "shared"}}}, r"only protocol 'independent' or 'joint' has"),
         ({"parts": {"x": {"protocol": "independent", "pruned": True}}}, r"only protocol 'joint' has 'pruned'"),
         ({"parts": {"x": {"protocol": "sequential", "keys": "random"}}}, r"only protocol 'independent' or 'joint' has"),

@@ -150,6 +150,40 @@ def test_pruned_networks_hold_the_largest_tenth_of_each_hidden_layer(datasets):
         assert last.count_nonzero() == last.numel()
 
 
+def test_a_superposition_is_one_set_of_weights_that_descends_on_the_mean_of_both_losses(datasets):
+    run = train(having(PAIR, third="none", superposed=True, epochs=1), datasets)
+    one, other = (dict(n.requires_grad_(False).named_parameters()) for n in run.networks.values())
+    signs = {name: other[name] / p for name, p in one.items() if p.ndim > 1}
+    for name, sign in signs.items():
+        assert set(sign.unique().tolist()) == {1, -1} or sign.shape[1] < 4, name
+        assert (sign == sign.narrow(0, 0, 1)).all(), name  # of a layer's inputs
+    assert sum(len(sign.unique()) == 2 for sign in signs.values()) > 4
+    held = {name: p.detach().clone().requires_grad_() for name, p in one.items()}  # as one network with two readings
+    pair, x, y = [n.requires_grad_() for n in run.networks.values()], torch.randn(8, 3, 32, 32), torch.randint(10, (8,))
+    optimizers = [torch.optim.SGD(n.parameters(), 0.1, momentum=0.9, weight_decay=0.01) for n in pair]
+    optimizer = torch.optim.SGD([held[name] for name in signs], 0.1, momentum=0.9, weight_decay=0.01)
+    own = [{name: p.detach().clone() for name, p in n.named_parameters() if p.ndim < 2} for n in pair]
+    for _ in range(2):
+        losses = []
+        for network, mine, sign in zip(pair, own, (dict.fromkeys(signs, 1), signs), strict=True):
+            weights = {name: held[name] * sign[name] for name in signs} | mine
+            out = torch.func.functional_call(network.eval(), weights, (x,))
+            losses.append(torch.nn.functional.cross_entropy(out, y))
+        optimizer.zero_grad()
+        (sum(losses) / 2).backward()
+        optimizer.step()
+        for network, each in zip(pair, optimizers, strict=True):
+            each.zero_grad()
+            torch.nn.functional.cross_entropy(network(x), y).backward()
+            for p in network.parameters():
+                p.grad = None if p.ndim < 2 else p.grad
+            each.step()
+        train_module.after_superposed(run.networks)
+    for name in signs:
+        torch.testing.assert_close(one[name], held[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(other[name], one[name] * signs[name])
+
+
 @pytest.mark.parametrize("kind", ["noise", "patches", "blends", "any"])
 def test_images_of_no_task(kind):
     x, y = torch.randn(6, 3, 32, 32), torch.randn(6, 3, 32, 32)

@@ -10,7 +10,7 @@ import pandas as pd
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.study import measure
 from weightsum_lib.study.measure import NARROW, SHARE, Case
-from weightsum_lib.study.params import BASELINE, SHARED, Method
+from weightsum_lib.study.params import BASELINE, RANDOM, SHARED, Method
 from weightsum_lib.study.runs import Study
 from weightsum_lib.study.sums import OWN, Member, Sum, keyed, made
 
@@ -114,24 +114,22 @@ def _chosen_on(case: Case) -> tuple[str, ...]:
 
 
 def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
-    """Task 3 by the methods of others, on networks trained apart, and on those from one start (`shared start`).
+    """Task 3 by the methods of others: networks trained apart, from one start (`shared start`), and by the recipe.
 
-    ``method`` is the way, and whether from a shared start. A partner with random weights of equal norms stands in for
-    each network in turn. Where ``ceiling_seeds`` is 0 there are only sums, averages and the ensemble of logits.
+    ``task`` is the row of the networks, ``method`` the way. Of networks trained apart a partner with random weights of
+    equal norms stands in for each in turn. Where ``ceiling_seeds`` is 0 there are only sums, averages and the ensemble
+    of logits.
     """
     p, both, choices = study.params, (first, second), []
-    for row in [row for row in (BASELINE, SHARED) if row in p.rows]:
+    for row in [row for row in (BASELINE, SHARED, RANDOM) if row in p.rows]:
         for seed in p.seeds_of(row):
-            pair, case = tuple(measure.members(study, row, both, seed)), partial(Case, "3", row, seed)
+            pair, case = tuple(measure.members(study, row, both, seed)), partial(Case, row, row, seed)
             tried = _merged(case, pair, both, p.method(row))
             choices += [c for c in tried if p.ceiling_seeds or c[0].what.how in ("plain", "average", "ensemble")]
             if row == BASELINE:
                 swapped = ((each, each[0].task) for each in (pair, pair[::-1]))
                 choices += [[case(_STRANGER, Sum(each, both, "stranger"), "union", (task,))] for each, task in swapped]
-    cases = _chosen(study, choices)
-    labels = [case.network + ", shared start" * (case.method == SHARED) for case in cases]
-    named = [replace(case, method=label, network="merged") for case, label in zip(cases, labels, strict=True)]
-    return measure.frame(study, named)
+    return measure.frame(study, [replace(c, method=c.network, network="merged") for c in _chosen(study, choices)])
 
 
 def _weights(study: Study, what: Sum) -> float:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weightsum_lib.core.keys import overlap, widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
-from weightsum_lib.study.params import ALONE, BASELINE, RANDOM, TRAINED, Params
+from weightsum_lib.study.params import ALONE, BASELINE, RANDOM, TRAINED, Method, Params
 from weightsum_lib.study.runs import Measurement, Study
 from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
 from weightsum_lib.study.train import logits_of, percent_right
@@ -271,7 +271,8 @@ def room(study: Study, method: str, names: Sequence[str], shares: Sequence[float
 
 
 def ceilings(study: Study, first: str, second: str) -> Iterator[Case]:
-    """What could be reached if the two tasks did meet: one network trained on both, and a pair trained together.
+    """What could be reached if the two tasks did meet: one network trained on both, a pair trained together, and one
+    set of weights that holds both under random signs, which is told the task.
 
     Policy ``union``; no rows where the parameter ``ceiling_seeds`` is 0.
     """
@@ -279,10 +280,13 @@ def ceilings(study: Study, first: str, second: str) -> Iterator[Case]:
     for seed in range(study.params.ceiling_seeds):
         one = Member(study.config(BASELINE, f"{first}+{second}", seed=seed))
         config = study.config(TRAINED, first, second, seed)
+        held = replace(config, method=Method("joint", superposed=True))
         config = replace(config, method=replace(config.method, symmetric=True))
         pair = Sum((Member(config, "main"), Member(config, "support")), both)
         yield Case("3", "one network trained on both", seed, "ceiling", alone(one), OWN, both)
         yield Case("3", "trained together, symmetric", seed, "ceiling", pair, "union", both)
+        told = partial(Case, "3", "random signs in training, told the task", seed, "ceiling", policy=OWN)
+        yield from (told(alone(Member(held, role)), tested=(name,)) for role, name in held.roles.items())
 
 
 def standin_worth(study: Study, names: Sequence[str]) -> Iterator[Case]:

@@ -88,6 +88,7 @@ class Method:
     label_smoothing: float = _knob("share of a target spread over all classes", _SHARE, 0.0, _ALONE_OR_JOINT)
     equal_norms: bool = _knob("both networks' layers are held at equal norms", _ANY, False)
     pruned: bool = _knob("all but the largest tenth of each hidden layer's weights are zero", _ANY, False)
+    superposed: bool = _knob("both networks are one set of weights, in one of them under random signs", _ANY, False)
     keys: str = _knob("a network's channels", _one_of("none", "random", "disjoint"), "none", _ALONE_OR_JOINT, _JOINT)
     network_width: float = _knob("factor on the width of each network", _from(1 / 64, 64), 1.0, _ALONE_OR_JOINT)
     sum_width: float = _knob("factor on the width of their sum", _above(0, 64), 1.0, _ALONE_OR_JOINT, _JOINT)
@@ -266,6 +267,7 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
         "'owner_statistics' wants disjoint keys: one owner a channel": m.owner_statistics and not disjoint,
         "'symmetric_to' wants 'symmetric: true'": m.symmetric_to != "both" and not m.symmetric,
         "'permuted_main' wants a 'permuted_support'": m.permuted_main and not m.permuted_support,
+        "'superposed' wants neither 'keys' nor a 'third' term": m.superposed and (m.keys, m.third) != ("none", "none"),
         "'quiet_also' wants a 'quiet'": m.quiet_also != "nothing" and not m.quiet,
         f"no row with 'network_width' {m.network_width:g} is trained alone, to compare it with": not p.twin(label),
     }

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weightsum_lib.core.batchnorm import recalibrate
 from weightsum_lib.core.keys import Key, compact, draw
 from weightsum_lib.core.losses import three_term_loss
+from weightsum_lib.core.merging import random_signs
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import WeightSum
 from weightsum_lib.study import store
@@ -168,6 +169,21 @@ def after_pruned(networks: Mapping[str, nn.Module]) -> None:
         for weight in hidden:
             size = weight.abs()
             weight *= size >= size.flatten().kthvalue(weight.numel() - int(_UNPRUNED * weight.numel()) + 1).values
+
+
+@torch.no_grad()
+def after_superposed(networks: Mapping[str, nn.Module]) -> None:
+    """Hold both networks as one set of weights, the second one's under random signs (Cheung et al. 2019).
+
+    It is the mean of what the steps of both made of it: gradient descent on the mean of their losses. Biases and the
+    parameters of batch norm, which have one axis, stay each network's own.
+    """
+    first, second = networks.values()
+    for to, of, weight in ((first, second, 0.5), (second, first, 1.0)):
+        signed = random_signs(of, torch.Generator().manual_seed(0))  # the same ones always
+        for own, other in zip(to.parameters(), signed.parameters(), strict=True):
+            if own.ndim > 1:
+                own.lerp_(other, weight)
 
 
 def hooks(method: Method) -> dict[str, list[Callable]]:
