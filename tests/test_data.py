@@ -12,7 +12,7 @@ import scipy.io
 import torch
 from safetensors.torch import load_file, save_file
 
-from weightsum_lib.study import data, store
+from weightsum_lib.study import data, store, synthetic
 from weightsum_lib.study.data import DataError, variant
 
 MOST = 100_000
@@ -228,7 +228,7 @@ def test_the_standin_is_kept_and_made_again_where_it_is_damaged(tmp_path, monkey
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     again = data.load("mnist", "", ["mnist"], 40, 20, str(tmp_path))
     assert same(again, first) and again.checksum == first.checksum
-    monkeypatch.setattr(data, "synthesize", lambda *a: pytest.fail("it was there"))
+    monkeypatch.setattr(synthetic, "synthesize", lambda *a: pytest.fail("it was there"))
     assert same(data.load("mnist", "", ["mnist"], 40, 20, str(tmp_path)), first)
     assert capfd.readouterr().err == 2 * "drawing 60 images of the stand-in for MNIST, once\n"
 

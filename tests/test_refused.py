@@ -9,7 +9,7 @@ import pytest
 
 from weightsum_lib import run
 from weightsum_lib.report.page import readme_headline
-from weightsum_lib.study import params, store
+from weightsum_lib.study import params, runs, store
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +40,15 @@ def test_wrong_parameters_stop_before_anything_runs(tree):
 def test_what_cannot_be_run_stops_at_once_and_says_what_to_do(tree, arguments, message):
     failed = tree.run(*arguments)
     assert failed.returncode == 2 and message in failed.stderr and failed.stdout == ""
+
+
+def test_what_stops_the_training_of_all_pages_is_said_and_each_page_goes_on(monkeypatch, capfd):
+    def fails(study, configs):
+        raise FloatingPointError("the loss is not finite")
+
+    monkeypatch.setattr(runs.Study, "train_all", fails)
+    assert run._train_first(params.read("smoke", {"device": "cpu"})) >= 1
+    assert "  training: stopped by FloatingPointError: the loss is not finite\n" in capfd.readouterr().err
 
 
 def test_a_dataset_that_is_neither_there_nor_allowed_stops_at_once(tree):

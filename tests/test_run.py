@@ -1,5 +1,6 @@
 """The whole study, with the profile for tests, in a copy of the tree: notebooks, book, and what make decides."""
 
+import contextlib
 import getpass
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+import psutil
 import pytest
 from conftest import SMOKE
 from nbclient import NotebookClient
@@ -57,9 +59,12 @@ def test_the_study_runs_from_nothing_to_a_report(house):
 
 
 def test_progress_goes_to_the_terminal_and_not_into_the_notebooks(house):
-    lines = [line for line in house.first.stderr.splitlines() if re.search(r"01_mnist_cifar10: run \d", line)]
-    # two epochs of two networks alone in three rows, three fine-tunings of one, and three pairs
-    assert len(lines) == 3 * 2 * 2 + 3 + 3 * 2 and all("min left" in line for line in lines)
+    lines = [line for line in house.first.stderr.splitlines() if re.match(r"  training: run \d", line)]
+    of_pair = [line for line in lines if "mnist+cifar10 joint, third ce, seed 0" in line]
+    assert len(of_pair) == 2 and all("min left" in line for line in lines)  # two epochs
+    runs = list(house.path.glob("results/runs/*/run.json"))
+    assert len(lines) == sum(len(store.read_json(path)["history"]) for path in runs)  # in one queue, before any page
+    assert all("run " not in line for line in house.first.stderr.splitlines() if re.match(r"  0\d", line))
     for name in NOTEBOOKS[1:]:
         texts = [o for c in house.notebook(name).cells for o in c.get("outputs", []) if o.output_type == "stream"]
         assert texts == []
@@ -310,36 +315,30 @@ def test_papermill_by_hand_means_every_line_of_the_file(house, monkeypatch):
         (house.path / made).unlink()
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="not Linux")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_runner_that_is_ended_takes_its_notebook_with_it(house, how):
-    """Two seeds, so that there is something to train."""
-    command = [
-        sys.executable,
-        "-m",
-        "weightsum_lib.run",
-        "all",
-        *SMOKE,
-        "--notebook",
-        "01",
-        "--seeds",
-        "2",
-        "--force",
-        "1",
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+def kernels(runner):
+    """The kernels below a process; one that ends meanwhile is none."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(runner.pid).children(recursive=True):
+            found += [process] * ("ipykernel" in " ".join(process.as_dict(["cmdline"], ad_value=())["cmdline"]))
+    return found
+
+
+@pytest.mark.parametrize(("several", "how"), [(False, signal.SIGTERM), (True, signal.SIGINT), (True, signal.SIGKILL)])
+def test_a_runner_that_is_ended_takes_its_notebooks_with_it(house, several, how):
+    """One with two seeds, so that there is something to train; or two at once, whose networks are there."""
+    which = [] if several else ["--notebook", "01", "--seeds", "2"]
+    command = [sys.executable, "-m", "weightsum_lib.run", "notebooks", *SMOKE, *which, "--force", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
     runner = subprocess.Popen(command, cwd=house.path, env=house.environment, **pipes)
-    while "min left" not in (line := runner.stdout.readline()):
+    while ("02_svhn_cifar10: running" if several else "min left") not in (line := runner.stdout.readline()):
         assert line
-    processes = subprocess.run(["ps", "-wweo", "pid,ppid,args"], capture_output=True, text=True).stdout.splitlines()
-    kernels = [int(line.split()[0]) for line in processes if line.split()[1] == str(runner.pid) and "ipykernel" in line]
-    assert len(kernels) == 1
-    started = time.monotonic()
-    runner.send_signal(how)
-    said = runner.communicate()[0]
-    while Path(f"/proc/{kernels[0]}").exists():
-        assert time.monotonic() - started < 5
+    while len(kernels(runner)) < 1 + several:
         time.sleep(0.1)
-    assert time.monotonic() - started < 5
-    if how == signal.SIGTERM:
+    below = psutil.Process(runner.pid).children(recursive=True)
+    started = time.monotonic()
+    os.killpg(runner.pid, how) if how == signal.SIGINT else runner.send_signal(how)  # a terminal tells the whole group
+    said = runner.communicate()[0]
+    assert not psutil.wait_procs(below, timeout=5)[1] and time.monotonic() - started < 5
+    if how != signal.SIGKILL:
         assert runner.returncode == 130 and "goes on from the last finished epoch" in said and "Traceback" not in said

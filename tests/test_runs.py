@@ -299,17 +299,29 @@ def test_progress_goes_to_the_terminal_after_what_the_runner_puts_before_it(capf
 
 
 @pytest.mark.parametrize(
-    "asked, gib, on_cpu, on_gpu",
-    [(0, 64, 4, 1), (0, 6, 2, 1), (0, 4, 1, 1), (0, 1, 1, 1), (3, 64, 3, 3), (3, 4, 3, 3), (99, 64, 8, 8)],
+    "asked, gib, on_cpu, on_gpu, pages",
+    [
+        (0, 64, 4, 1, 2),
+        (0, 16, 4, 1, 2),
+        (0, 6, 2, 1, 1),
+        (0, 4, 1, 1, 1),
+        (0, 1, 1, 1, 1),
+        (1, 7, 1, 1, 2),
+        (3, 64, 3, 3, 2),
+        (3, 4, 3, 3, 1),
+        (99, 64, 8, 8, 2),
+    ],
 )
-def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, gib, on_cpu, on_gpu):
+def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, gib, on_cpu, on_gpu, pages):
     monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
     monkeypatch.setattr(pool, "memory", lambda: gib << 30)
     study, found = Study(tiny_params(tmp_path, networks_at_once=asked)), []
     for kind in ("cpu", "cuda"):
         study.device = torch.device(kind)
-        found.append(study.at_once())
-    assert found == [on_cpu, on_gpu]
+        found.append((study.at_once(), study.notebooks_at_once()))
+    assert found == [(on_cpu, pages), (on_gpu, 1)]
+    study.device, study.cluster = torch.device("cpu"), "local:4"
+    assert study.notebooks_at_once() == 1
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from weightsum_lib.study import params, store
+from weightsum_lib.study import params, pool, store
 from weightsum_lib.study.params import Params, ParamsError
 
+sys.modules.setdefault("rfc3987_syntax", None)  # jsonschema makes 39 parsers of it, for a second; no notebook wants one
 ROOT = store.ROOT
 NOTEBOOKS, BOOK = ROOT / "notebooks", ROOT / "book"
 PUBLISHED = BOOK / "published"
@@ -106,7 +107,7 @@ def execute(name: str, p: Params, folder: Path) -> bool:
     target, stamp_file = folder / f"{name}.ipynb", folder / f"{name}.stamp.json"
     with store.alone(folder / f"{name}.lock"):
         if _is_fresh(name, p, folder):
-            print(f"{name}: up to date")
+            print(f"{name}: up to date", flush=True)
             return True
         stamp_file.unlink(missing_ok=True)
         print(f"{name}: running with params/{p.profile}.yaml", flush=True)
@@ -115,7 +116,7 @@ def execute(name: str, p: Params, folder: Path) -> bool:
         seconds = time.perf_counter() - started
         if error:
             (folder / f"{name}.json").unlink(missing_ok=True)
-            print(f"{name}: FAILED after {seconds:.0f} s: {error}\n  traceback: {target}", file=sys.stderr)
+            print(f"{name}: FAILED after {seconds:.0f} s: {error}\n  traceback: {target}", file=sys.stderr, flush=True)
             return False
         store.write_json(stamp_file, {"stamp": stamp, "made": _digests(*_made(name, folder))})
         print(f"{name}: done in {seconds:.0f} s", flush=True)
@@ -137,7 +138,7 @@ def _run(name: str, p: Params, target: Path) -> str:
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False, "cwd": ROOT}
     options |= {"extra_arguments": quiet, "shutdown_kernel": "immediate"}  # an interrupt ends it at once
     with store.replaced(target) as temporary:
-        os.environ["WEIGHTSUM_PROGRESS"] = f"  {name}: "
+        os.environ[pool.PROGRESS_VARIABLE] = f"  {name}: "
         try:
             papermill.execute_notebook(notebook, temporary, values, **options)
         except papermill.PapermillExecutionError as failure:
@@ -145,7 +146,7 @@ def _run(name: str, p: Params, target: Path) -> str:
         except RuntimeError as failure:  # the kernel died, of lack of memory for example
             error = str(failure)
         finally:
-            os.environ.pop("WEIGHTSUM_PROGRESS")
+            os.environ.pop(pool.PROGRESS_VARIABLE)
         executed = nbformat.read(temporary, as_version=4)
         executed.metadata.pop("papermill", None)
         for cell in executed.cells:
@@ -189,7 +190,9 @@ def pair() -> None:
 
 
 def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False) -> bool:
-    """Execute the notebooks of a profile one after another, or those whose name ``begins`` so; failed ones stop none.
+    """Execute the notebooks of a profile, or those whose name ``begins`` so; failed ones stop none.
+
+    Where there are several, all that they need is trained first, in one queue, and on a CPU they run two at a time.
 
     Args:
         p: the profile.
@@ -212,9 +215,29 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
     store.sweep(folder.parent)
     for name in names if again else ():
         (folder / f"{name}.stamp.json").unlink(missing_ok=True)
-    if not all(_is_fresh(name, p, folder) for name in names):
+    at_once = 1
+    if stale := [name for name in names if not _is_fresh(name, p, folder)]:
         check(p)
-    return all([execute(name, p, folder) for name in names])
+        if len(stale) > 1:
+            at_once = _train_first(p)
+    with pool.opened(at_once, fresh=True) as pages:
+        done = dict(pages.each(names, lambda name: (name, functools.partial(execute, name, p, folder), 0)))
+    return all(done.values())
+
+
+def _train_first(p: Params) -> int:
+    """Train what the notebooks of a profile need, and say how many of them then run at once."""
+    from weightsum_lib.study import plan, runs
+
+    study = runs.Study(p)
+    os.environ[pool.PROGRESS_VARIABLE] = "  training: "
+    try:
+        study.train_all(plan.queue(study))
+    except Exception as error:  # of one run, on whose pages it will show
+        pool.report_progress(f"stopped by {type(error).__name__}: {error}")
+    finally:
+        del os.environ[pool.PROGRESS_VARIABLE]
+    return study.notebooks_at_once()
 
 
 def train(p: Params, only_plan: bool) -> None:
@@ -345,7 +368,8 @@ def build_book(folder: Path) -> Path:
         page.write_headline(folder, source / "results")
         stamp_file.unlink(missing_ok=True)
         shutil.rmtree(first.parent, ignore_errors=True)
-        command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(source)]
+        program = "import weightsum_lib.run, jupyter_book.cli.main as cli; cli.main()"  # the first: see rfc3987 above
+        command = [sys.executable, "-c", program, "build", str(source)]
         options = ["--path-output", str(BOOK), "--all", "-W", "-n", "--keep-going", "-q"]
         built = subprocess.run(command + options, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         log.write_text(said := built.stdout, encoding="utf-8")
@@ -400,4 +424,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from weightsum_lib import run  # by the name under which other processes find what it calls
+
+    sys.exit(run.main())

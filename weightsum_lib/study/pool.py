@@ -85,13 +85,14 @@ class Pool:
 
 
 @contextlib.contextmanager
-def opened(at_once: int, cluster: str = "", resources: dict | None = None) -> Iterator[Pool]:
+def opened(at_once: int, cluster: str = "", resources: dict | None = None, fresh: bool = False) -> Iterator[Pool]:
     """A pool: a cluster's workers, which take the jobs with most work first, else ``at_once`` processes here.
 
     Args:
         at_once: how many jobs share the cores of this machine.
         cluster: address of a Dask scheduler, or ``local:<workers>``.
         resources: what a job takes of its worker (Dask's resources), such as ``{"GPU": 1}``.
+        fresh: by processes that have done nothing yet, and so are small.
 
     Raises:
         ParamsError: no cluster can be had so.
@@ -110,7 +111,7 @@ def opened(at_once: int, cluster: str = "", resources: dict | None = None) -> It
             raise RuntimeError(f"CLUSTER={cluster}: {error}; {again}") from error
     elif at_once > 1:
         warnings.filterwarnings("ignore", "A worker stopped")  # one that has grown is replaced, and loses nothing
-        executor = get_reusable_executor(at_once, initializer=_end_with_the_parent)
+        executor = get_reusable_executor(at_once, reuse=not fresh and "auto", initializer=_end_with_the_parent)
         try:
             yield Pool(lambda name, call, work: executor.submit(call), at_once)
         except BaseException:
