@@ -188,7 +188,7 @@ def plane(planes: Mapping[str, dict], names: Sequence[str], message: str) -> Fig
             image = axes.pcolormesh(c, c, np.array(found[name]), vmin=0, vmax=100, cmap="cividis", shading="nearest")
             axes.plot(1, 1, "*", ms=15, mfc="white", mec="black")
             axes.plot([1, 0], [0, 1], "o", ms=8, mfc="white", mec="black")
-            axes.set_title(f"{method}: on {title(name)}")
+            axes.set(title=f"{method}: on {title(name)}", xticks=np.arange(0, 2, 0.5), yticks=np.arange(0, 2, 0.5))
             axes.grid(False)
         row[0].set_ylabel(f"α, coefficient of θ of {title(names[0])}")
     plt.setp(grid[-1], xlabel=f"β, coefficient of θ of {title(names[1])}")
