@@ -52,7 +52,8 @@ finding = findings.of_pair(on_main, findings.counts(sums, TRAINED, BASELINE, MAR
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
-plots.examples([study.dataset(MAIN), study.dataset(SUPPORT)], "What the networks see: a test image of each class")
+shown = [study.dataset(MAIN), study.dataset(SUPPORT)]
+plots.examples(shown, "What the networks see: a test image of each class", p.in_channels)
 
 # %% [markdown]
 # ## Before and after the sum

@@ -56,7 +56,8 @@ finding = findings.of_strangers(summary.droplevel("policy"))
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
-plots.examples([study.dataset(FIRST), study.dataset(SECOND)], "What the networks see: a test image of each class")
+shown = [study.dataset(FIRST), study.dataset(SECOND)]
+plots.examples(shown, "What the networks see: a test image of each class", p.in_channels)
 
 # %% [markdown]
 # ## Each network alone, and the sum

@@ -482,6 +482,8 @@ def test_examples_are_the_first_of_each_class_and_stand_ins_are_marked(datasets)
     shown = figure.axes[13].images[0].get_array()
     first = datasets["cifar10"].test_images[3].permute(1, 2, 0)
     assert (shown == first.numpy()).all() and datasets["cifar10"].test_labels[3] == 3
+    grey = plots.examples(list(datasets.values()), "message", 1).axes[13].images[0].get_array()
+    assert np.abs(grey - first.numpy() @ [0.299, 0.587, 0.114]).max() < 1  # as a network of one input channel has it
 
 
 def test_a_long_message_is_broken_into_lines_that_fit():

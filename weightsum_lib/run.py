@@ -192,7 +192,7 @@ def pair() -> None:
 def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False) -> bool:
     """Execute the notebooks of a profile, or those whose name ``begins`` so; failed ones stop none.
 
-    Where there are several, all that they need is trained first, in one queue, and on a CPU they run two at a time.
+    On a CPU several run two at a time, after all that they need has been trained in one queue.
 
     Args:
         p: the profile.
@@ -226,18 +226,19 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
 
 
 def _train_first(p: Params) -> int:
-    """Train what the notebooks of a profile need, and say how many of them then run at once."""
+    """How many notebooks of a profile run at once; where that are several, train what they need."""
     from weightsum_lib.study import plan, runs
 
     study = runs.Study(p)
+    at_once = study.notebooks_at_once()
     os.environ[pool.PROGRESS_VARIABLE] = "  training: "
     try:
-        study.train_all(plan.queue(study))
+        study.train_all(plan.queue(study) if at_once > 1 else [])
     except Exception as error:  # of one run, on whose pages it will show
         pool.report_progress(f"stopped by {type(error).__name__}: {error}")
     finally:
         del os.environ[pool.PROGRESS_VARIABLE]
-    return study.notebooks_at_once()
+    return at_once
 
 
 def train(p: Params, only_plan: bool) -> None:

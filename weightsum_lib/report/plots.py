@@ -15,6 +15,7 @@ import seaborn as sns
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from weightsum_lib.report.findings import CHANCE
 from weightsum_lib.report.tables import Interval, fraction, span, title
@@ -351,18 +352,21 @@ def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str,
     return _done(figure, message)
 
 
-def examples(datasets: Sequence, message: str) -> Figure:
+def examples(datasets: Sequence, message: str, channels: int = 3) -> Figure:
     """The first test image of each class, a row a dataset.
 
     Args:
         datasets: :class:`weightsum_lib.Dataset` objects.
         message: what the figure says.
+        channels: of the networks' input; 1: grey.
     """
     figure, grid = _panels(10, (8, 0.85 * len(datasets) + 0.4), len(datasets))
     for row, dataset in zip(grid, datasets, strict=True):
         for label, axes in enumerate(row):
             index = int((dataset.test_labels == label).int().argmax())
-            axes.imshow(dataset.test_images[index].permute(1, 2, 0).cpu().numpy())
+            image = dataset.test_images[index].permute(1, 2, 0).cpu().numpy()
+            image = Image.fromarray(image).convert("RGB" if channels == 3 else "L")  # L: as the networks weigh colours
+            axes.imshow(image, cmap="gray", vmin=0, vmax=255)
             axes.set(xticks=[], yticks=[])
         kind = "" if dataset.source == "real" else "\n(stand-in)"
         row[0].set_ylabel(f"{title(dataset.name)}{kind}", fontsize=9, rotation=0, ha="right", va="center")
