@@ -21,7 +21,7 @@ from weightsum_lib.study.params import ParamsError
 from weightsum_lib.study.runs import Study
 from weightsum_lib.study.sums import OWN, alone
 
-distributed = pytest.importorskip("distributed")
+distributed, dask = map(pytest.importorskip, ("distributed", "dask"))
 ROOT = Path(__file__).parent.parent
 
 
@@ -271,7 +271,8 @@ def test_without_its_scheduler_a_study_ends_and_the_next_goes_on(machines, study
     with pytest.raises(RuntimeError, match=rf"the scheduler of CLUSTER={address} was lost; what was finished is kept"):
         far.run(wanted)
     process.kill()
-    with pytest.raises(ParamsError, match=r"no scheduler answers"):
+    few = dask.config.set({"distributed.comm.timeouts.connect": "3s"})  # else half a minute
+    with few, pytest.raises(ParamsError, match=r"no scheduler answers"):
         study("tcp://127.0.0.1:9").run(wanted)
     checkpoint = next(far.results.glob("runs/*/checkpoint.safetensors"))
     history = store.read_tensors(checkpoint)[1]

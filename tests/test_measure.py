@@ -259,6 +259,7 @@ def test_the_worth_of_a_standin_is_that_of_a_network_which_saw_no_other_image(st
     assert study.run(study.config("keys alone", "svhn stand-in")).networks
 
 
+@pytest.mark.no_cover
 def test_other_mergers_and_ceilings_have_a_row_each(study, strangers):
     frame = beside.mergers(study, "mnist", "svhn")
     ways = {"independent": {*beside._WAYS, "sum with random weights of the partner's norms"}}

@@ -15,6 +15,8 @@ from weightsum_lib.study import plan
 from weightsum_lib.study.config import build
 from weightsum_lib.study.runs import Run, Study
 
+pytestmark = pytest.mark.no_cover  # what it covers others do, and being watched takes as long as the tests
+
 
 @pytest.mark.parametrize(
     "knobs", [{}, {"seeds": 2, "choice_seeds": 1, "ceiling_seeds": 1}, {"only_page": 2}, {"only_page": 5}]

@@ -30,6 +30,8 @@ from weightsum_lib.study import beside, data, measure, params, plan, runs, store
 from weightsum_lib.study.data import DataError
 from weightsum_lib.study.params import Method, Params, ParamsError
 
+pytestmark = pytest.mark.no_cover  # what it covers others do, and being watched takes as long as the tests
+
 
 def many(sample, most):
     """Numbers of generated cases: a sample, and what ``make test-hard`` tries."""

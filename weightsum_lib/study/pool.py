@@ -105,6 +105,7 @@ def opened(at_once: int, cluster: str = "", resources: dict | None = None, fresh
         try:
             yield workers
         except CancelledError as error:
+            _client(cluster).close()  # it would try for half a minute to find it again
             _client.cache_clear()
             raise RuntimeError(f"the scheduler of CLUSTER={cluster} was lost; {again}") from error
         except KilledWorker as error:
