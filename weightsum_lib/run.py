@@ -215,11 +215,9 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
     store.sweep(folder.parent)
     for name in names if again else ():
         (folder / f"{name}.stamp.json").unlink(missing_ok=True)
-    at_once = 1
     if stale := [name for name in names if not _is_fresh(name, p, folder)]:
         check(p)
-        if len(stale) > 1:
-            at_once = _train_first(p)
+    at_once = _train_first(p) if len(stale) > 1 else 1
     with pool.opened(at_once, fresh=True) as pages:
         done = dict(pages.each(names, lambda name: (name, functools.partial(execute, name, p, folder), 0)))
     return all(done.values())
