@@ -54,12 +54,12 @@ def test_the_host_waits_for_the_device_once_an_epoch_not_once_a_step(datasets, c
     assert counts[0] == counts[1] > 0
 
 
-@pytest.mark.parametrize(("share", "layout"), [(0.5, torch.contiguous_format), (1.0, torch.channels_last)])
-def test_the_memory_layout_changes_the_speed_only(images, share, layout):
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_the_memory_layout_changes_the_speed_only(images, share):
     network = build(RunConfig(Method(network_width=share), "mnist", width=0.25)).eval()
     kernels = [p for p in network.parameters() if p.ndim == 4]
-    assert all(k.is_contiguous(memory_format=layout) for k in kernels)
-    assert not all(k.is_contiguous() and k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
+    assert all(k.is_contiguous(memory_format=torch.channels_last) for k in kernels)
+    assert not any(k.is_contiguous() for k in kernels)
     x = normalize(images)
     out = network(x)
     for other in (torch.contiguous_format, torch.channels_last):

@@ -10,8 +10,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from weightsum_lib.core.models import memory_format
-
 # What layers say of their weight's sizes, axis by axis; of a transposed convolution's the other way round.
 _SIZES = {
     _NormBase: ("num_features",),
@@ -195,7 +193,7 @@ def embed(state: Mapping[str, Tensor], key: Key) -> dict[str, Tensor]:
             shape[axis] = key.sizes[group] * each
         zeros = tensor.new_zeros(shape)
         if tensor.ndim == 4:
-            zeros = zeros.contiguous(memory_format=memory_format(key.sizes.values()))
+            zeros = zeros.contiguous(memory_format=torch.channels_last)  # in which convolutions are fastest
         wide[name] = zeros.index_put(torch.meshgrid(index, indexing="ij"), tensor)
     return wide
 

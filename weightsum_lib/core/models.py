@@ -1,7 +1,6 @@
 """Networks for 32×32 images: the VGG of the question (Simonyan & Zisserman 2015), a residual one (He et al. 2016)."""
 
 from collections import OrderedDict
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +25,6 @@ def normalize(images: Tensor) -> Tensor:
         float32 tensor (N, C, H, W), (x / 255 − 0.5) / 0.25.
     """
     return ((images.float() / 255 - IMAGE_MEAN) / IMAGE_STD).contiguous()
-
-
-def memory_format(channels: Iterable[int]) -> torch.memory_format:
-    """The layout of convolution weights, which the activations take over, for hidden layers of these sizes.
-
-    Channels last is the faster one, but PyTorch's batch norm on a CPU takes 16 channels at a time there, and its
-    backward pass is many times slower where they don't divide (``make bench`` measures it).
-    """
-    return torch.contiguous_format if any(n % 16 for n in channels) else torch.channels_last
 
 
 class CenteredBatchNorm2d(nn.BatchNorm2d):
