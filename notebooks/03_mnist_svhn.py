@@ -23,7 +23,7 @@
 # fewer than 64 channels gets the room of one that has 64. What is agreed is the size of the sum, and the kind of
 # images to be quiet on. `keys alone` are small networks that were trained plainly, and added under keys drawn in the same
 # way. Is it only the width of the sum? Dense networks *twice as wide* (in profiles that have them) are as wide as the sum
-# under random keys. What each part of the training adds, and denser and sparser keys, are on the
+# under random keys is in its widest layers. What each part of the training adds, and denser and sparser keys, are on the
 # [next page](04_what_transfers).
 
 # %% tags=["parameters", "remove-cell"]
@@ -159,15 +159,15 @@ tables.shown(policy_table)
 # %% [markdown]
 # ## As others merge, and what is the ceiling
 #
-# The same two networks, trained apart (`independent`), from a `shared start`, or under `random keys` and so quiet on
-# other images, merged by the methods of the literature. Statistics: `union`; of the ensemble `own`; of *random
-# signs*, which are told which task a test image is from, `per_task`. Where a way has coefficients, validation images
-# choose. *Random weights of the partner's norms* stand in for each network in turn, as a control.
+# Two networks that were trained apart (`independent`), from a `shared start`, or by the recipe (`random keys`, here
+# without their keys: as they are), merged by the methods of the literature. Statistics: `union`; of the ensemble `own`;
+# of *random signs*, which are told which task a test image is from, `per_task`. Where a way has coefficients, validation
+# images choose. *Random weights of the partner's norms* stand in for each network in turn, as a control.
 #
-# The last rows did meet, in training on both tasks: one network for all images; a pair whose third term keeps both
-# tasks; and one set of weights that is one task's network as it is, and the other's under random signs of each layer's
-# inputs (Cheung et al. 2019; told the task). Who has both datasets should train one network on both. (`quick` has
-# neither these rows nor the ways that take long.)
+# The last rows did meet, in training on both tasks: one network for all images (statistics: its `own`); a pair whose
+# third term keeps both tasks; and one set of weights that is one task's network as it is, and the other's under random
+# signs of each layer's inputs (Cheung et al. 2019), each with biases and batch norm of its own; it is told the task.
+# Who has both datasets should train one network on both. (`quick` has neither these rows nor the ways that take long.)
 
 # %% tags=["hide-input"]
 ceilings = measure.frame(study, measure.ceilings(study, FIRST, SECOND))

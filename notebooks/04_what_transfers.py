@@ -182,8 +182,7 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 #
 # Networks of further tasks join the sum, one after another: other colours and quarter turns of the same datasets.
 # Each was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside inverted MNIST), and has
-# met none of the others. (Three in `quick`, the third of which is the support network of the MNIST pair and has met that.)
-# The ensemble of their logits stands beside every number: what it loses is lost to loudness
+# met none of the others. The ensemble of their logits stands beside every number: what it loses is lost to loudness
 # (the sum's own batch-norm statistics may give some of it back). What keys can lose is the rest: to the right it
 # stands against the expected number of *other* networks on a channel, (N − 1)·k. A law of two numbers is fitted to
 # the sums of fewer networks, and held to those of the most: kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table

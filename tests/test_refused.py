@@ -1,5 +1,6 @@
 """What the runner refuses before anything runs, and what it publishes, in a copy of the tree where nothing has run."""
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -42,12 +43,19 @@ def test_what_cannot_be_run_stops_at_once_and_says_what_to_do(tree, arguments, m
     assert failed.returncode == 2 and message in failed.stderr and failed.stdout == ""
 
 
-def test_what_stops_the_training_of_all_pages_is_said_and_each_page_goes_on(monkeypatch, capfd):
+def test_what_stops_the_training_of_all_pages_is_said_and_each_page_goes_on(monkeypatch, capfd, tmp_path):
     def fails(study, configs):
         raise FloatingPointError("the loss is not finite")
 
+    made, p = [], params.read("smoke", {"device": "cpu"})
+    monkeypatch.setenv("JUPYTER_PATH", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(runs.Study, "notebooks_at_once", lambda study: 2)
     monkeypatch.setattr(runs.Study, "train_all", fails)
-    assert run._train_first(params.read("smoke", {"device": "cpu"})) >= 1
+    monkeypatch.setattr(run, "check", lambda p: None)
+    monkeypatch.setattr(run, "execute", lambda name, *_: made.append(name) or name[1] != "3")
+    monkeypatch.setattr(run.pool, "opened", lambda at_once, fresh: contextlib.nullcontext(run.pool.Pool()))
+    assert not run.run_notebooks(p, tmp_path) and made == run.notebook_names(p)  # one failed, which stopped none
     assert "  training: stopped by FloatingPointError: the loss is not finite\n" in capfd.readouterr().err
 
 

@@ -192,7 +192,7 @@ def pair() -> None:
 def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False) -> bool:
     """Execute the notebooks of a profile, or those whose name ``begins`` so; failed ones stop none.
 
-    On a CPU several run two at a time, after all that they need has been trained in one queue.
+    On a CPU with room for it several run two at a time, after all that they need has been trained in one queue.
 
     Args:
         p: the profile.
@@ -217,7 +217,8 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
         (folder / f"{name}.stamp.json").unlink(missing_ok=True)
     if stale := [name for name in names if not _is_fresh(name, p, folder)]:
         check(p)
-    at_once = _train_first(p) if len(stale) > 1 else 1
+    if (at_once := _train_first(p) if len(stale) > 1 else 1) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() // at_once))
     with pool.opened(at_once, fresh=True) as pages:
         done = dict(pages.each(names, lambda name: (name, functools.partial(execute, name, p, folder), 0)))
     return all(done.values())

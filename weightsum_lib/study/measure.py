@@ -123,7 +123,7 @@ def thirds(p: Params) -> dict[str, tuple[str, str, str]]:
 
 def joining(p: Params) -> list:
     """Networks of tasks with images of their own that are added one after another, as :func:`members` takes them."""
-    return [*_JOINING] if p.choice_seeds else [*_JOINING[:2], _THIRDS["MNIST's support"]]  # which is there anyway
+    return list(_JOINING[: None if p.choice_seeds else 3])
 
 
 def joined_seeds(p: Params, method: str) -> range:
@@ -275,7 +275,7 @@ def ceilings(study: Study, first: str, second: str) -> Iterator[Case]:
     """What could be reached if the two tasks did meet: one network trained on both, a pair trained together, and one
     set of weights that holds both under random signs, which is told the task.
 
-    Policy ``union``; no rows where the parameter ``ceiling_seeds`` is 0.
+    Policy: of the pair's sum ``union``, else "own". No rows where the parameter ``ceiling_seeds`` is 0.
     """
     both = (first, second)
     for seed in range(study.params.ceiling_seeds):

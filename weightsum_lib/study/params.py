@@ -267,7 +267,8 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
         "'owner_statistics' wants disjoint keys: one owner a channel": m.owner_statistics and not disjoint,
         "'symmetric_to' wants 'symmetric: true'": m.symmetric_to != "both" and not m.symmetric,
         "'permuted_main' wants a 'permuted_support'": m.permuted_main and not m.permuted_support,
-        "'superposed' wants neither 'keys' nor a 'third' term": m.superposed and (m.keys, m.third) != ("none", "none"),
+        "'superposed' wants no 'keys', no 'third' term and nothing 'pruned'": m.superposed
+        and (m.keys != "none" or m.third != "none" or m.pruned),
         "'quiet_also' wants a 'quiet'": m.quiet_also != "nothing" and not m.quiet,
         f"no row with 'network_width' {m.network_width:g} is trained alone, to compare it with": not p.twin(label),
     }

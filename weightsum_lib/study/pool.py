@@ -21,7 +21,7 @@ from joblib.externals.loky import get_reusable_executor
 
 from weightsum_lib.study.params import ParamsError
 
-PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # what each line of progress begins with: a notebook's name, under the runner
+PROGRESS_VARIABLE = "WEIGHTSUM_PROGRESS"  # what lines of progress begin with: a notebook, under the runner
 CLUSTER_VARIABLE = "WEIGHTSUM_CLUSTER"  # the address of a scheduler, or "local:4"; it changes no result
 
 

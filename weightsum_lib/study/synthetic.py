@@ -31,7 +31,7 @@ def _each(rng: np.random.Generator, n: int, low: float, high: float) -> np.ndarr
 
 
 def _paint(rng: np.random.Generator, ink: np.ndarray) -> np.ndarray:
-    """Coloured scenes (n, S, S, 3), values 0..255, of digit masks (n, S, S) on lit, mottled walls."""
+    """Coloured scenes (n, S, S, 3), 0..255 but not clipped, of digit masks (n, S, S) on lit, mottled walls."""
     n, size = ink.shape[:2]
     each = partial(_each, rng, n)
     y, x = np.mgrid[:size, :size].astype(np.float32) / size - 0.5
