@@ -603,6 +603,7 @@ def test_a_sum_can_be_differentiated_by_torch_func_before_it_was_ever_called():
         torch.func.jacrev(WeightSum(pair))(torch.randn(5, 4))
 
 
+@pytest.mark.no_cover
 @pytest.mark.parametrize("mode", [True, False])
 def test_it_can_be_compiled_as_one_graph(images, mode):
     x = normalize(images[:4])
