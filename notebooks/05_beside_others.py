@@ -59,7 +59,7 @@ for halved in p.halves:
     for words, (other, least) in TARGETS.items():
         points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
         target = f"the target, {least} or more, is {findings.judge(points, least)}".replace("-", "−")
-        finding += f", {points} points above {words} ({target})"
+        finding += f", {points} points against {words} ({target})"
     best = after.xs((halved, beside.ENSEMBLE), level=("task", "way")).map(lambda cell: cell.mean)
     finding += f". The best ensemble is that of {best.idxmax()}: {best.max():.1f} %. "
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")

@@ -1,14 +1,17 @@
 """What the runner refuses before anything runs, and what it publishes, in a copy of the tree where nothing has run."""
 
 import contextlib
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-from weightsum_lib import run
+from weightsum_lib import normalize, run, vgg8
 from weightsum_lib.report.page import readme_headline
 from weightsum_lib.study import params, runs, store
 
@@ -89,6 +92,22 @@ def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, mo
     assert readme_headline(kept) in (tmp_path / "README.md").read_text(encoding="utf-8")
     values = store.read_json(kept / "headline.json")["values"]
     assert "VGG99" in values.pop(f"{profile}_notice") and not any("VGG99" in str(value) for value in values.values())
+
+
+def test_networks_are_kept_with_a_card_that_says_what_they_read(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "PUBLISHED", tmp_path)
+    run._keep_networks(tiny)
+    study = runs.Study(tiny)
+    for name in ("mnist", "svhn"):
+        path = tmp_path / "networks" / f"{name}.safetensors"
+        with safe_open(path, "pt") as file:
+            card = json.loads(file.metadata()["about"])
+        network = vgg8(width=card["width"], centered_scale=True).eval()
+        network.load_state_dict(load_file(path))
+        images, labels = (getattr(study.dataset(name), f"test_{kind}") for kind in ("images", "labels"))
+        right = 100 * (network(normalize(images)).argmax(1) == labels).float().mean().item()
+        assert {*card["test accuracy (%)"]} == {"alone", "state dicts added"} and "1/128" in card["key"]
+        assert abs(card["test accuracy (%)"]["alone"] - right) <= 5  # of bfloat16: two of the 40 images
 
 
 def test_make_without_a_target_prints_the_targets():

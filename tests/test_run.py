@@ -122,7 +122,8 @@ def test_each_figure_has_a_text_for_those_who_do_not_see_it(house):
 
 def test_every_page_says_that_standins_were_used(house):
     for page in [house.html / "index.html", *(house.html / "notebooks" / f"{n}.html" for n in NOTEBOOKS[1:])]:
-        assert "synthetic stand-in" in page.read_text(encoding="utf-8"), page.name
+        before_any_number, _, _ = page.read_text(encoding="utf-8").partition("<table")
+        assert "synthetic stand-in" in before_any_number, page.name
 
 
 def test_nothing_changed_means_nothing_is_done_not_even_after_a_touch(house):

@@ -299,23 +299,25 @@ def test_progress_goes_to_the_terminal_after_what_the_runner_puts_before_it(capf
 
 
 @pytest.mark.parametrize(
-    "asked, gib, on_cpu, on_gpu, pages",
+    "asked, gib, on_cpu, on_gpu, pages, width",
     [
-        (0, 64, 4, 1, 2),
-        (0, 16, 4, 1, 2),
-        (0, 6, 2, 1, 1),
-        (0, 4, 1, 1, 1),
-        (0, 1, 1, 1, 1),
-        (1, 7, 1, 1, 2),
-        (3, 64, 3, 3, 2),
-        (3, 4, 3, 3, 1),
-        (99, 64, 8, 8, 2),
+        (0, 64, 4, 1, 2, 1.0),
+        (0, 8, 2, 1, 1, 1.0),
+        (0, 64, 4, 1, 2, 0.5),
+        (0, 16, 4, 1, 2, 0.5),
+        (0, 6, 2, 1, 1, 0.5),
+        (0, 4, 1, 1, 1, 0.25),
+        (0, 1, 1, 1, 1, 0.5),
+        (1, 7, 1, 1, 2, 0.5),
+        (3, 64, 3, 3, 2, 0.5),
+        (3, 4, 3, 3, 1, 0.5),
+        (99, 64, 8, 8, 2, 0.5),
     ],
 )
-def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, gib, on_cpu, on_gpu, pages):
+def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, gib, on_cpu, on_gpu, pages, width):
     monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
     monkeypatch.setattr(pool, "memory", lambda: gib << 30)
-    study, found = Study(tiny_params(tmp_path, networks_at_once=asked)), []
+    study, found = Study(tiny_params(tmp_path, networks_at_once=asked, width=width)), []
     for kind in ("cpu", "cuda"):
         study.device = torch.device(kind)
         found.append((study.at_once(), study.notebooks_at_once()))

@@ -138,15 +138,13 @@ def _run(name: str, p: Params, target: Path) -> str:
     options = {"kernel_name": "python3", "language": "python", "progress_bar": False, "cwd": ROOT}
     options |= {"extra_arguments": quiet, "shutdown_kernel": "immediate"}  # an interrupt ends it at once
     with store.replaced(target) as temporary:
-        os.environ[pool.PROGRESS_VARIABLE] = f"  {name}: "
         try:
-            papermill.execute_notebook(notebook, temporary, values, **options)
+            with pool.progress_of(name):
+                papermill.execute_notebook(notebook, temporary, values, **options)
         except papermill.PapermillExecutionError as failure:
             error = f"{failure.ename}: {failure.evalue}"
         except RuntimeError as failure:  # the kernel died, of lack of memory for example
             error = str(failure)
-        finally:
-            os.environ.pop(pool.PROGRESS_VARIABLE)
         executed = nbformat.read(temporary, as_version=4)
         executed.metadata.pop("papermill", None)
         for cell in executed.cells:
@@ -229,14 +227,12 @@ def _train_first(p: Params) -> int:
     from weightsum_lib.study import plan, runs
 
     study = runs.Study(p)
-    at_once = study.notebooks_at_once()
-    os.environ[pool.PROGRESS_VARIABLE] = "  training: "
-    try:
-        study.train_all(plan.queue(study) if at_once > 1 else [])
-    except Exception as error:  # of one run, on whose pages it will show
-        pool.report_progress(f"stopped by {type(error).__name__}: {error}")
-    finally:
-        del os.environ[pool.PROGRESS_VARIABLE]
+    if (at_once := study.notebooks_at_once()) > 1:
+        with pool.progress_of("training"):
+            try:
+                study.train_all(plan.queue(study))
+            except Exception as error:  # of one run, on whose pages it will show
+                pool.report_progress(f"stopped by {type(error).__name__}: {error}")
     return at_once
 
 
@@ -295,15 +291,20 @@ def publish(p: Params, folder: Path) -> None:
 
 def _keep_networks(p: Params) -> None:
     """Put two networks of the recipe, seed 0, into the published run: for anyone to load, add and test in a minute."""
-    from weightsum_lib.study import measure, runs
+    from weightsum_lib.study import measure, runs, sums
 
-    study = runs.Study(p)
-    for name in ("mnist", "svhn"):
-        config = measure.members(study, params.RANDOM, [name], 0)[0].config
+    study, both, room = runs.Study(p), ("mnist", "svhn"), 128
+    pair = measure.members(study, params.RANDOM, both, 0)
+    total = sums.keyed(study, params.RANDOM, pair, 1 / room, narrow=measure.NARROW)
+    after = measure.accuracies(study, total, "summed", both, "test")
+    for name, member in zip(both, pair, strict=True):
+        config, alone = member.config, measure.accuracies(study, sums.alone(member), sums.OWN, [name], "test")
         state = study.run(config).networks["main"].state_dict()
         short = {k: v if "running" in k or not v.is_floating_point() else v.bfloat16() for k, v in state.items()}
         card = {"made by": config.describe(), "arch": config.arch, "width": p.width * config.method.network_width}
         card |= {"batch norm": "CenteredBatchNorm2d", "data": study.dataset(name).describe()}
+        card |= {"key": f"none of its own: each sum draws one a network, here of 1/{room} of the channels"}
+        card |= {"test accuracy (%)": {"alone": alone[name]["accuracy"], "state dicts added": after[name]["accuracy"]}}
         store.write_tensors(PUBLISHED / "networks" / f"{name}.safetensors", short, card)
 
 

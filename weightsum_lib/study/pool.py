@@ -32,6 +32,16 @@ def report_progress(line: str) -> None:
         print(f"{prefix or ''}{line}\n", end="", file=sys.__stderr__ if prefix else sys.stderr, flush=True)
 
 
+@contextlib.contextmanager
+def progress_of(what: str) -> Iterator[None]:
+    """Lines of progress say meanwhile what they are of, and go to the runner."""
+    os.environ[PROGRESS_VARIABLE] = f"  {what}: "
+    try:
+        yield
+    finally:
+        del os.environ[PROGRESS_VARIABLE]
+
+
 def _here(name: str, call: Callable, work: float) -> Future:
     future = Future()
     future.set_result(call())

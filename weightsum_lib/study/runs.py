@@ -25,7 +25,7 @@ from weightsum_lib.study.config import RunConfig, build, pick_device, pick_preci
 from weightsum_lib.study.params import DATASETS, Params, check
 from weightsum_lib.study.train import Run
 
-_MOST_AT_ONCE, _WORKER = 4, 3 << 29  # a worker takes up to a gigabyte and a half, all else up to two
+_MOST_AT_ONCE, _WORKER = 4, 3 << 30  # bytes of a worker where networks have full width, else half; all else: two GiB
 _LOADED = 1 << 28  # bytes of networks that a process keeps in memory
 
 
@@ -107,6 +107,7 @@ class Study:
         self.params = params
         self.device = pick_device(params.device)
         self.precision = pick_precision(self.device, params.precision)
+        self._worker = int(_WORKER * max(0.5, params.width))
         self.commit = store.commit()  # now: the code that runs was imported just before
         # relative folders are the repository's, wherever the notebook runs
         self.results = store.ROOT / params.results_dir
@@ -261,12 +262,12 @@ class Study:
 
     def at_once(self) -> int:
         """How many networks are trained at once."""
-        fit = max(1, (pool.memory() - (2 << 30)) // _WORKER) if self.device.type == "cpu" else 1
+        fit = max(1, (pool.memory() - (2 << 30)) // self._worker) if self.device.type == "cpu" else 1
         return min(joblib.cpu_count(), self.params.networks_at_once or min(_MOST_AT_ONCE, fit))
 
     def notebooks_at_once(self) -> int:
         """How many notebooks run at once, each with processes of its own: on a CPU two, as memory allows."""
-        alone, each = self.cluster or self.device.type != "cpu", (2 << 30) + self.at_once() * _WORKER
+        alone, each = self.cluster or self.device.type != "cpu", (2 << 30) + self.at_once() * self._worker
         return 1 if alone else max(1, min(2, joblib.cpu_count(), pool.memory() // each))
 
     def train_here(self, config: RunConfig, on_epoch: Callable[[dict], None] = lambda row: None) -> None:
