@@ -12,7 +12,7 @@
 # # Task 2: SVHN with CIFAR-10 as support
 #
 # The same as task 1 with SVHN, coloured house numbers, in MNIST's place: a harder main task, closer to the photographs
-# of the support task. Every call is that of task 1 with another name.
+# of the support task. All else is as in task 1.
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and

@@ -14,7 +14,8 @@
 # θ_m comes from task 1 and θ_s from task 2; the two never met. Each was trained alone (`independent`, `shared start`,
 # `keys alone`) or beside a CIFAR-10 network of its own (all other rows). They share no random numbers, but for their start
 # in `shared start`. Their weights are added, with no training afterwards. Does surviving *one* partner teach a network to
-# survive *any* partner? (Hold `joint ce` against `independent`.)
+# survive *any* partner? (Hold `joint ce` against `independent`, with
+# the classes of SVHN renamed: else one digit network helps the other.)
 #
 # Two rows are made for this. Under **disjoint keys** each task may use its own quarter of the channels of every
 # layer, by agreement: by construction that is two small networks side by side whose logits are added, so the row
@@ -66,7 +67,8 @@ plots.examples(shown, "What the networks see: a test image of each class", p.in_
 # is tested on. Those of a sum come from training images too, and nobody tells the network which task a test image is
 # from: of dense networks from images of *both* tasks (policy `union`); under random keys for each channel from images
 # of the task whose network has it, of both where they share it (`by_owner`). Disjoint keys need no images: the state
-# dicts are added as they are (`summed`). Under random keys each row is the mean of several draws of the keys. The
+# dicts are added as they are (`summed`). Under random keys each row is the mean of all draws of the keys that the profile
+# has (`draws`). The
 # green diamond is the control without which no number here means anything: the *other* task's network on these
 # images, alone.
 
@@ -103,8 +105,8 @@ tables.shown(of_task[SECOND], f"On {tables.title(SECOND)}", MARKED)
 # doing? (The squared correlation of each channel with the same channel of θ_m alone, weighted by variance, behind the
 # batch norm.) What is missing is the partner's noise. Below: the accuracy that is lost, split in two. Between each
 # network and the ensemble it is lost because the other one answers *loudly* on images that are not its own; between
-# the ensemble and the sum, because the weights *interfere* and because a sum has statistics of its own (below 0, in the
-# tables, since bars end there: which help).
+# the ensemble and the sum, because the weights *interfere* and because a sum has statistics of its own (a negative number in
+# the tables: these helped; bars end at 0).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Top: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method that the finding names. Bottom: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
 explained = pd.concat([measure.explained(study, m, FIRST, SECOND) for m in HEADLINE])
@@ -141,7 +143,7 @@ tables.shown(split[SECOND], f"On {tables.title(SECOND)}", MARKED)
 # | `batch` | the test batch's own: presumes many test images of one task at once |
 #
 # The headline is `summed` for disjoint keys, `by_owner` for random ones, and `union` for dense networks. One draw of
-# the keys, but several under the headline's policy.
+# the keys, but all of the profile under the headline's policy.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two tables of colours, MNIST and SVHN: test accuracy of the sum in percent for every method, in rows, and every batch-norm policy, in columns."}}
 policies = tables.summarize(every_policy, ["method", "policy", "tested"])
@@ -192,7 +194,8 @@ plots.plane(planes, (FIRST, SECOND), "The plain sum (star) and two networks that
 # ## What the stand-ins are worth
 #
 # Where a dataset can't be had, the study takes a synthetic stand-in for it. This is what a small network (`keys alone`)
-# that was trained on the stand-in alone reads of the images that stand above, and of the stand-in's own; one seed.
+# that was trained on the stand-in alone reads of the images that stand above, and of the stand-in's own; one seed. Where the
+# images above are a stand-in too, both are the same and say nothing of real ones.
 # Batch-norm statistics: of the stand-in's training images (`own`), or of those of the tested task (`per_task`).
 
 # %% tags=["hide-input"]

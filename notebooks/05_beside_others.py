@@ -88,7 +88,7 @@ plots.merged(
 # fill up. A zipped one has as many or fewer, since channels may come out empty; a sum under keys or one that is zipped
 # in part has up to two, an ensemble two: hold a sum against the best ensemble, whichever networks that is of.
 #
-# The grey marks are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width,
+# Grey marks, where CIFAR-10 is halved, are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width,
 # whose targets are the classes' names in CLIP's text space. There ZipIt! in part comes within 4 points of its ensemble:
 # wider networks that are trained longer are easier to match, so what small networks say of it need not hold for those. Of
 # the nearest work (Caso et al. 2026) there is no such

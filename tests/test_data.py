@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tarfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -300,7 +301,14 @@ def test_tasks_are_joined_with_their_own_labels(datasets):
     a, b = datasets["mnist"], datasets["cifar10"]
     both = variant("mnist inverted+cifar10", datasets.__getitem__)
     assert (both.name, both.source) == ("mnist inverted+cifar10", "stand-in+stand-in")
-    assert torch.equal(both.train_images, torch.cat([255 - a.train_images, b.train_images]))
+    assert torch.equal(both.train_images[::2], 255 - a.train_images) and torch.equal(
+        both.train_images[1::2], b.train_images
+    )
+    few = {"mnist": a, "cifar10": replace(b, train_images=b.train_images[:40], train_labels=b.train_labels[:40])}
+    joined = variant("mnist+cifar10", few.__getitem__)  # the smaller set's images again and again
+    assert len(joined.train_labels) == len(joined.train_images) == 2 * len(a.train_labels)
+    assert torch.equal(joined.train_images[1::2][:80], torch.cat([few["cifar10"].train_images] * 2))
+    assert torch.equal(joined.train_labels[1::2][40:80], few["cifar10"].train_labels)
     assert torch.equal(both.test_labels, torch.cat([a.test_labels, b.test_labels]))
 
 

@@ -62,6 +62,50 @@ def calibration(study, *names):
     return sums.calibration_images(study, names)
 
 
+def test_a_measurement_is_kept_under_all_that_it_depends_on(study, monkeypatch):
+    pair = measure.members(study, "random keys", ["mnist", "svhn"], 0)
+    total = sums.keyed(study, "random keys", pair, 1 / 4, narrow=8)
+    case = {"policy": "union", "tested": ("mnist", "svhn"), "split": "test"}
+
+    def key():
+        return store.content_key(study.content_of(measure.measurement(study, measure.accuracies, total, **case)))
+
+    def forget():
+        store.reached.cache_clear(), store._parsed.cache_clear()
+
+    keys, sources = [key()], dict(store._SOURCES)
+    for old, new in (
+        ("def key_of(self, index: int)", "def key_of(self, index: int = 0)"),
+        ("self.narrow", "(self.narrow + 1)"),
+    ):
+        assert old in sources["study.sums"]
+        monkeypatch.setitem(store._SOURCES, "study.sums", sources["study.sums"].replace(old, new))
+        forget()
+        keys.append(key())
+    monkeypatch.setitem(store._SOURCES, "study.sums", sources["study.sums"])
+    forget()
+    svhn = study.dataset("svhn")
+    for change in ({"test_images": svhn.test_images.flip(0)}, {"test_labels": svhn.test_labels.flip(0)}):
+        monkeypatch.setitem(study._datasets, "svhn", replace(svhn, **change))
+        keys.append(key())
+    monkeypatch.setitem(study._datasets, "svhn", replace(svhn, note="since TimeoutError"))
+    assert len(set(keys)) == 5 and key() == keys[0]
+
+
+def test_each_owner_has_the_images_that_there_are(study, monkeypatch):
+    svhn, seen = study.dataset("svhn"), []
+    total = sums.keyed(study, "random keys", measure.members(study, "random keys", ["mnist", "svhn"], 0), 1 / 4)
+    network = sums.made(study, total)
+    monkeypatch.setitem(study._datasets, "svhn", replace(svhn, train_images=svhn.train_images[:5]))
+    monkeypatch.setattr(sums, "recalibrate", lambda network, images, owners: seen.append((len(images), owners)))
+    sums.under_policy(study, network, "by_owner", total.tasks, "")
+    ((images, owners),) = seen
+    assert images == study.params.calibration_images // 2 + 5 == len(owners) and owners.bincount().tolist() == [
+        images - 5,
+        5,
+    ]
+
+
 def test_before_and_after_are_what_a_hand_made_sum_measures(study, pairs):
     main, support = (network(study, "joint ce", "mnist", role=role) for role in ("main", "support"))
     mnist = calibration(study, "mnist")

@@ -90,11 +90,15 @@ def test_what_is_published_is_notebooks_and_results_and_nothing_of_the_runners_o
         assert not found, (path.name, found)
 
 
-def test_a_warning_that_names_a_folder_of_this_machine_is_shown_without_it():
+def test_a_warning_that_names_a_folder_of_this_machine_is_shown_without_it(monkeypatch):
     p = params.read("smoke", {"data_dir": "/somewhere/of/mine", "device": "cpu"})
     said = f'{sys.prefix}/lib/x.py:3: "{ROOT}/y" of {Path.home()}/z, /somewhere/of/mine/mnist {sys.prefix}er'
     shown = run._without_paths(said, p)
     assert shown == f'PYTHON/lib/x.py:3: "./y" of ~/z, DATA_DIR/mnist {shown.rsplit(" ", 1)[1]}'
+    with monkeypatch.context() as patch:  # of somebody without a home
+        patch.setattr(Path, "home", lambda: Path("/"))
+        p = params.read("smoke", {"data_dir": "/somewhere/of/mine/", "device": "cpu"})
+        assert run._without_paths("<td>a</td> /somewhere/of/mine/mnist", p) == "<td>a</td> DATA_DIR/mnist"
     assert shown.endswith("er") and run._without_paths('"image/png": "/somewhere/of/mine"', p).endswith('of/mine"')
 
 

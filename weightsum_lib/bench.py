@@ -27,7 +27,7 @@ _SECONDS = 25.0  # in about which the ways of a setting are timed, three times a
 _AHEAD = 6  # steps after which a loader has no more ready than it will have
 WAYS = {  # of making a step, and what the report calls each; "_fed": on a new batch each time
     "plain": "one plain step of one network",
-    "floor": "floor: three passes, two optimisers",
+    "floor": "floor: three passes, two optimizers",
     "ours": "three-term step",
     "in_place": "third module, filled in place",
     "obvious": "the obvious way, float32",

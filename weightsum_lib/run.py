@@ -78,7 +78,7 @@ def _stamp(name: str, p: Params) -> str:
     except (SyntaxError, LookupError) as error:  # it can't succeed; its page will show why
         content["library"] = str(error)
     if _PARAMETERS in source:
-        content["params"] = asdict(p)
+        content |= {"params": asdict(p), "claims": store.file_sha256(params.CLAIMS)}
         content["data"] = _digests(*(Path(p.data_dir or os.devnull) / f"{d}.safetensors" for d in params.DATASETS))
         content["device"] = p.device if p.device != "auto" else Path("/dev/nvidiactl").exists()
     return store.content_key(content)
@@ -118,7 +118,10 @@ def execute(name: str, p: Params, folder: Path) -> bool:
             (folder / f"{name}.json").unlink(missing_ok=True)
             print(f"{name}: FAILED after {seconds:.0f} s: {error}\n  traceback: {target}", file=sys.stderr, flush=True)
             return False
-        store.write_json(stamp_file, {"stamp": stamp, "made": _digests(*_made(name, folder))})
+        if store.edited():  # before or after the kernel has read it: who knows
+            print(f"{name}: the library was edited meanwhile; it will run again", file=sys.stderr, flush=True)
+        else:
+            store.write_json(stamp_file, {"stamp": stamp, "made": _digests(*_made(name, folder))})
         print(f"{name}: done in {seconds:.0f} s", flush=True)
         return True
 
@@ -158,8 +161,9 @@ def _without_paths(notebook: str, p: Params) -> str:
     """A notebook's text without the folders of this machine, which a warning or a parameter may name."""
     folders = {p.data_dir: "DATA_DIR", p.results_dir: "RESULTS_DIR", tempfile.gettempdir(): "TMP", sys.prefix: "PYTHON"}
     folders |= {sys.base_prefix: "PYTHON", str(Path.home()): "~", str(ROOT): "."}
-    longest_first = sorted(filter(os.path.isabs, folders), key=len, reverse=True)
-    named = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, longest_first))})\b")
+    folders = {os.path.normpath(folder): name for folder, name in folders.items() if os.path.isabs(folder)}
+    longest_first = sorted(folders.keys() - {os.sep}, key=len, reverse=True)
+    named = re.compile(rf"(?<![\w.])(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
     lines = notebook.splitlines(keepends=True)
     return "".join(line if '"image/' in line else named.sub(lambda at: folders[at[0]], line) for line in lines)
 
@@ -283,29 +287,12 @@ def publish(p: Params, folder: Path) -> None:
             shutil.copyfile(path, PUBLISHED / f"{p.profile}{path.suffix}")
         page.write_headline(PUBLISHED, PUBLISHED)
     else:
-        page.publish({path.name: path for path in _all_made(folder)} | standing(folder), PUBLISHED)
-        _keep_networks(p)
+        from weightsum_lib.study import measure, runs
+
+        files = measure.take_home(runs.Study(p), folder) | standing(folder)
+        page.publish(files | {path.name: path for path in _all_made(folder)}, PUBLISHED)
     page.write_readme(PUBLISHED, ROOT / "README.md")
     print(f"published: {PUBLISHED}, README.md")
-
-
-def _keep_networks(p: Params) -> None:
-    """Put two networks of the recipe, seed 0, into the published run: for anyone to load, add and test in a minute."""
-    from weightsum_lib.study import measure, runs, sums
-
-    study, both, room = runs.Study(p), ("mnist", "svhn"), 128
-    pair = measure.members(study, params.RANDOM, both, 0)
-    total = sums.keyed(study, params.RANDOM, pair, 1 / room, narrow=measure.NARROW)
-    after = measure.accuracies(study, total, "summed", both, "test")
-    for name, member in zip(both, pair, strict=True):
-        config, alone = member.config, measure.accuracies(study, sums.alone(member), sums.OWN, [name], "test")
-        state = study.run(config).networks["main"].state_dict()
-        short = {k: v if "running" in k or not v.is_floating_point() else v.bfloat16() for k, v in state.items()}
-        card = {"made by": config.describe(), "arch": config.arch, "width": p.width * config.method.network_width}
-        card |= {"batch norm": "CenteredBatchNorm2d", "data": study.dataset(name).describe()}
-        card |= {"key": f"none of its own: each sum draws one a network, here of 1/{room} of the channels"}
-        card |= {"test accuracy (%)": {"alone": alone[name]["accuracy"], "state dicts added": after[name]["accuracy"]}}
-        store.write_tensors(PUBLISHED / "networks" / f"{name}.safetensors", short, card)
 
 
 def _all_made(folder: Path) -> list[Path]:

@@ -36,8 +36,10 @@ def verdict(before: float, after: float) -> str:
 
 
 def verdict_of(row: pd.Series) -> str:
-    """The :func:`verdict` on a row of a summary."""
-    return verdict(row["before"].mean, row["after"].mean)
+    """The :func:`verdict` on a row of a summary; a skill that is lost once classes are ``renamed`` was not kept."""
+    ends = [row[end] for end in ("after", "renamed") if isinstance(row.get(end), Interval)]
+    said = [verdict(row["before"].mean, end.mean) for end in ends]
+    return "loses the skill" if "loses the skill" in said else said[0]
 
 
 def judge(found: Interval | None, at_least: float = -np.inf, at_most: float = np.inf) -> str:
@@ -142,7 +144,10 @@ def of_strangers(summary: pd.DataFrame) -> str:
         RANDOM: "Under random keys of which the networks know nothing, trained by the recipe",
         DISJOINT: "Under disjoint keys, which are agreed on, the state dicts added as they are",
     }
-    return " ".join(f"{words}, the sum keeps {_of_each(summary.loc[way, 'kept'])}." for way, words in ways.items())
+    kept = " ".join(f"{words}, the sum keeps {_of_each(summary.loc[way, 'kept'])}." for way, words in ways.items())
+    dense, keyed = (_of_each(summary.loc[way, "renamed"]) for way in (TRAINED, RANDOM))
+    control = "With the classes of SVHN renamed, so that neither network helps the other, dense ones that were trained"
+    return f"{kept} {control} to be added read {dense} in the sum, those under random keys {keyed}."
 
 
 def of_recipe(recipe: pd.Series, plainly: pd.Series, shares: tuple[float, float], three: pd.Series) -> str:

@@ -38,8 +38,8 @@ def write_headline(folder: Path, target: Path) -> None:
     if rows.empty:
         why = f"no front page without results; {folder}/<notebook>.ipynb say why they failed"
         raise RuntimeError(f"{why}. Run them again: make notebooks PROFILE={folder.name}")
-    for column in ("before", "after", "gap", "other"):
-        rows[column] = [Interval(**cell) for cell in rows[column]]
+    for column in rows.columns.intersection(["before", "after", "gap", "other", "renamed"]):
+        rows[column] = [Interval(**cell) if isinstance(cell, dict) else None for cell in rows[column]]
     rows["verdict"] = rows.apply(verdict_of, axis=1)
     kinds = []
     for networks, tasks, method in _ANSWERS:
@@ -48,13 +48,15 @@ def write_headline(folder: Path, target: Path) -> None:
     kinds = pd.concat(kinds).set_index(["networks", "tested"])
     made = [content["provenance"] for content in found.values()]
     last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
-    minutes = [f"{sum(of) / 60:,.1f}" for of in (runs.values(), (of["measuring_seconds"] for of in made))]
+    measured = {at: each for of in made for at, each in of["measuring_seconds"].items()}
+    minutes = [f"{sum(of.values()) / 60:,.1f}" for of in (runs, measured)]
     data = {name: about for of in made for name, about in of["data"].items()}
     tables = {"answer": _answer(kinds), "claims": _claims(found), "data": _data(data)}
     tables["headline"] = table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"])
     values = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
     values["answer"], values["price"] = answer(rows, found)
-    values["times"] = f"{len(runs)} networks took {minutes[0]} minutes of one core to train and {minutes[1]} to test"
+    took = f"took {minutes[0]} minutes of one process to train and {minutes[1]} to test, others beside it"
+    values["times"] = f"{len(runs)} networks {took}"
     for name in params.STANDING:
         if alone := store.read_json(target / f"{name}.json"):
             values[f"{name}_notice"] = _run_notice(alone["provenance"])
@@ -126,6 +128,7 @@ def publish(files: Mapping[str, Path], target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     for name, path in files.items():
+        (aside / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, aside / name)
     write_headline(aside, aside)
     params = store.read_json(aside / "headline.json")["provenance"]["params"]

@@ -290,7 +290,7 @@ def data_notice(described: Mapping[str, dict]) -> str:
 
 
 def headline(summary: pd.DataFrame, task: str, networks: str) -> list[dict]:
-    """A summary's rows for the front page: before, after, gap, and the ``other`` network alone, the control.
+    """A summary's rows for the front page: before, after, gap, and the controls, as far as there are any.
 
     Args:
         summary: of one tested task, a row a method.
@@ -299,7 +299,7 @@ def headline(summary: pd.DataFrame, task: str, networks: str) -> list[dict]:
     """
     return [
         {"task": task, "method": row["method"], "networks": f"{networks}, {row['method']}", "n": row["n"]}
-        | {column: row[column]._asdict() for column in ("before", "after", "gap", "other")}
+        | {c: row[c] and row[c]._asdict() for c in ("before", "after", "gap", "other", "renamed")}
         for row in summary.reset_index().to_dict("records")
     ]
 

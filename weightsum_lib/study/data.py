@@ -75,6 +75,11 @@ class Dataset:
         """SHA-256 of what training reads: the training and validation images and labels, in their order."""
         return _sha256(getattr(self, name) for name in _TENSORS[:4])
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all images and labels, in their order."""
+        return _sha256(getattr(self, name) for name in _TENSORS)
+
     def to(self, device) -> "Dataset":
         """The same dataset on a device."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
@@ -264,7 +269,8 @@ def variant(name: str, load: Callable[[str], Dataset]) -> Dataset:
         name: a dataset's, with any number of these behind it: ``inverted`` (each colour replaced by its complement),
             ``turned`` (to the left by a quarter), ``renamed 3`` (label y becomes ``torch.arange(10).roll(3)[y]``),
             ``classes 0-4`` (the images of these alone, with their labels). With ``+`` between several such names, all
-            their images as one task, each with its own label.
+            their images as one task, each with its own label; for training in turns, those of a smaller set again and
+            again, so that it has as many of each.
         load: loads a dataset by its name.
 
     Raises:
@@ -273,7 +279,10 @@ def variant(name: str, load: Callable[[str], Dataset]) -> Dataset:
     if "+" in name:
         datasets = [variant(part, load) for part in name.split("+")]
         texts = {key: "+".join(getattr(d, key) for d in datasets) for key in ("name", "source", "note", "checksum")}
-        return Dataset(**texts, **{key: torch.cat([getattr(d, key) for d in datasets]) for key in _TENSORS})
+        parts = {key: [getattr(d, key) for d in datasets] for key in _TENSORS}
+        turns = torch.arange(max(map(len, parts[_TENSORS[0]])))
+        both = {k: torch.stack([x[turns % len(x)] for x in parts[k]], 1).flatten(0, 1) for k in _TENSORS[:2]}
+        return Dataset(**texts, **{key: torch.cat(of) for key, of in parts.items()} | both)
     for modifier, change in _MODIFIERS.items():
         if found := re.fullmatch(f"(.+) {modifier.replace('#', '([0-9])')}", name):
             of, made = variant(found[1], load), {}

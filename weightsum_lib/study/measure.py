@@ -8,11 +8,13 @@ mean largest probability, and ``shared``, how many of the channels of the tested
 """
 
 import base64
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -23,9 +25,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from weightsum_lib.core.keys import overlap, widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
+from weightsum_lib.study import store
 from weightsum_lib.study.params import ALONE, BASELINE, RANDOM, TRAINED, Method, Params
 from weightsum_lib.study.runs import Measurement, Study
-from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, shift_of, under_policy
+from weightsum_lib.study.sums import OWN, POLICIES, Member, Sum, alone, keyed, made, plain, shift_of, under_policy
 from weightsum_lib.study.train import logits_of, percent_right
 
 SHARE, NARROW = 1 / 8, 64  # of random keys in the report's sums of strangers: k, and the room of narrow layers
@@ -98,7 +101,7 @@ def measurement(study: Study, function: Callable, what: Sum, **settings) -> Meas
     about = {k: v for k, v in asdict(what).items() if k != "members"} | {"roles": [m.role for m in what.members]}
     about = {**settings, "what": about, "data": sorted({*settings.get("tested", ()), *what.tasks})}
     call, configs = partial(function, study, what, **settings), [m.config for m in what.members]
-    return Measurement(call, configs, about, [f"study.sums:{what.how}"])
+    return Measurement(call, configs, about, [f"study.sums:{what.how}", "study.sums:Sum"])
 
 
 def policies_of(p: Params, method: str) -> list[str]:
@@ -410,3 +413,25 @@ def histories(study: Study, main: str, support: str) -> dict[str, list[dict]]:
     """The epochs of every joint row of the profile, seed 0, by method (:func:`weightsum_lib.study.train.train`)."""
     joint = [m for m in study.params.rows if study.params.method(m).protocol == "joint"]
     return {m: study.run(study.config(m, main, support)).history for m in joint}
+
+
+def take_home(study: Study, folder: Path) -> dict[str, Path]:
+    """Two networks of the recipe, seed 0, with a card: for anyone to load, add and test in a minute; files by name."""
+    both, room, files = ("mnist", "svhn"), 128, {}
+    pair = members(study, RANDOM, both, 0)
+    networks = copy.deepcopy([study.run(member.config).networks["main"] for member in pair])
+    for network in networks:  # what is measured is what is kept
+        for parameter in network.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    total = plain(study, keyed(study, RANDOM, pair, 1 / room, narrow=NARROW), networks).add_statistics().eval()
+    for name, member, network in zip(both, pair, networks, strict=True):
+        config, data, parameters = member.config, study.dataset(name), dict(network.named_parameters())
+        tested = (data.test_images, data.test_labels, study.precision)
+        card = {"made by": config.describe(), "arch": config.arch, "width": config.width * config.method.network_width}
+        card |= {"batch norm": "CenteredBatchNorm2d", "data": data.describe()}
+        card |= {"key": f"none of its own: each sum draws one a network, here of 1/{room} of the channels"}
+        found = {"alone": percent_right(network, *tested), "state dicts added": percent_right(total, *tested)}
+        short = {k: v.bfloat16() if k in parameters else v for k, v in network.state_dict().items()}
+        files[f"networks/{name}.safetensors"] = path = folder / "networks" / f"{name}.safetensors"
+        store.write_tensors(path, short, card | {"test accuracy (%)": found})
+    return files

@@ -270,7 +270,8 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
         "'superposed' wants no 'keys', no 'third' term and nothing 'pruned'": m.superposed
         and (m.keys != "none" or m.third != "none" or m.pruned),
         "'quiet_also' wants a 'quiet'": m.quiet_also != "nothing" and not m.quiet,
-        f"no row with 'network_width' {m.network_width:g} is trained alone, to compare it with": not p.twin(label),
+        f"no row with 'network_width' {m.network_width:g} is trained alone, to compare it with": p.twin(label)
+        not in (p.rows if label in p.rows else p.methods),
     }
     yield from (why for why, broken in rules.items() if broken)
 
@@ -293,6 +294,7 @@ def _against(p: Params) -> Iterator[str]:
         "the page beside others wants something to halve ('halves')": p.only_page in (0, 5) and not p.halves,
         f"the page beside others wants '{ALONE}' in 'merged'": p.only_page in (0, 5) and ALONE not in p.merged,
         f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
+        f"'arch' {p.arch} has the page beside others alone ('only_page' 5)": p.arch == "resnet20" and p.only_page != 5,
         f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
         "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,
     }

@@ -207,8 +207,9 @@ def say_epoch(work: float, done: str, started: float, about: dict, row: dict) ->
         about: ``run``, in words; its ``epochs``; the ``work`` of one.
         row: of the epoch (:func:`weightsum_lib.study.train.train`).
     """
-    with open(done, "a+", encoding="utf-8") as file:
-        file.write(f"{about['work']}\n")
+    finished = about["work"]
+    with contextlib.suppress(OSError), open(done, "a+", encoding="utf-8") as file:  # a full disk stops no training
+        file.write(f"{finished}\n")
         file.flush()
         file.seek(0)
         finished = sum(map(float, file))

@@ -235,11 +235,14 @@ class Study:
     @contextlib.contextmanager
     def _workers(self, jobs: int) -> Iterator[tuple[pool.Pool, str, bool]]:
         """Where so many jobs are done; a mark in the cache of runs, and whether all workers see it there."""
-        mark = secrets.token_hex(8)
-        store.write_json(self.results / "mark.json", mark)
-        resources = {"GPU": 1} if self.device.type == "cuda" else None
-        with pool.opened(min(jobs, self.at_once()), self.cluster, resources) as workers:
-            yield workers, mark, all(each is True for each in workers.everywhere(functools.partial(_sees, self, mark)))
+        mark, resources = secrets.token_hex(8), {"GPU": 1} if self.device.type == "cuda" else None
+        store.write_json(self.results / "marks" / mark, mark)
+        try:
+            with pool.opened(min(jobs, self.at_once()), self.cluster, resources) as workers:
+                seen = workers.everywhere(functools.partial(_sees, self, mark))
+                yield workers, mark, all(each is True for each in seen)
+        finally:
+            (self.results / "marks" / mark).unlink(missing_ok=True)
 
     def same(self, content: dict) -> dict:
         """What has to be equal wherever something is trained or measured: its content, versions, and precision."""
@@ -313,7 +316,7 @@ class Study:
             "what": inner.__name__,
             "runs": [self.folder(config).name for config in m.configs],
             "settings": {**m.settings, "calibration_images": self.params.calibration_images},
-            "data": {name: self.dataset(name).describe() for name in sorted(m.settings["data"])},
+            "data": {name: self.dataset(name).digest for name in sorted(m.settings["data"])},
             "code": store.code_digest(f"{inner.__module__.partition('.')[2]}:{inner.__name__}", *m.roots),
         }
 
@@ -358,7 +361,7 @@ class Study:
         made = {"params": knobs | folders, "data": self.describe_data(), "device": self.device_name()}
         made |= {"precision": self.precision, "versions": _versions(), "commit": self.commit}
         made["training_seconds"] = {name: sum(row["seconds"] for row in rows) for name, rows in histories.items()}
-        return made | {"measuring_seconds": sum(self._measuring_seconds.values())}
+        return made | {"measuring_seconds": self._measuring_seconds}
 
 
 def _versions() -> dict[str, str]:
@@ -390,7 +393,7 @@ def _study_of_worker(params: str) -> Study:
 
 
 def _sees(study: Study, mark: str) -> bool:
-    return store.read_json(study.results / "mark.json") == mark
+    return store.read_json(study.results / "marks" / mark) == mark
 
 
 def _refuse(wanted: dict, here: dict) -> None:
@@ -421,5 +424,6 @@ def _measure(study: Study, wanted: Measurement, same: dict) -> dict:
     _refuse(same, study.same(study.content_of(wanted)))
     if any(map(study.is_missing, wanted.configs)):
         raise RuntimeError(f"the worker {platform.node()} doesn't share {study.results}, which has the runs to measure")
-    started = time.process_time()  # of a core: others may use it meanwhile
-    return {"value": wanted.function(), "seconds": time.process_time() - started}  # in this order
+    with _one_thread():
+        started = time.process_time()  # of a core: others may use it meanwhile
+        return {"value": wanted.function(), "seconds": time.process_time() - started}  # in this order

@@ -20,11 +20,15 @@ import weightsum_lib
 
 PACKAGE = Path(__file__).parent.parent
 ROOT = PACKAGE.parent
-# Read when this is imported: what is edited while it runs is not what has run.
-_SOURCES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text(encoding="utf-8")
-    for path in sorted(PACKAGE.rglob("*.py"))
-}
+
+
+def sources() -> dict[str, str]:
+    """The text of every module of this package, by its name, such as "core.weights"."""
+    paths = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+    return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+
+
+_SOURCES = sources()  # when this is imported: what is edited while it runs is not what has run
 _DATA = {path.name: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.json"))}  # that code reads
 _THIS = "study.store"  # keeps results, but makes none: no part of any digest
 # A name in dumped code, and the attribute of it that is meant.
@@ -129,6 +133,11 @@ def code_digest(*roots: str) -> str:
 def attributes(*roots: str) -> set[str]:
     """The names of all attributes that the code which these roots reach reads or sets."""
     return {name for code in reached(*roots).values() for name in re.findall(r"attr='(\w+)'", code)}
+
+
+def edited() -> bool:
+    """Whether the package was edited since this process imported it."""
+    return sources() != _SOURCES
 
 
 def commit() -> str:
@@ -250,9 +259,7 @@ def unpack(folder: Path, files: Mapping[str, bytes]) -> None:
         write_bytes(folder / name, content)
 
 
-def lock(path: Path) -> FileLock:
-    """A lock between processes, e.g. so that two notebooks never train at once; a dead process holds none."""
-    return FileLock(path)
+lock = FileLock  # between processes, e.g. so that two notebooks never train at once; a dead process holds none
 
 
 @contextlib.contextmanager

@@ -246,10 +246,14 @@ def shift_of(what: Sum) -> int:
 
 
 def calibration_images(study: Study, names: Sequence[str]) -> Tensor:
-    """Training images that set batch-norm statistics, uint8 (N, 3, 32, 32): equally many of each named task, as many
-    in all as ``calibration_images`` says."""
+    """Training images that set batch-norm statistics, uint8 (N, 3, 32, 32): equally many of each named task, as far as
+    it has so many, and as many in all as ``calibration_images`` says."""
+    return torch.cat(_of_each(study, names))
+
+
+def _of_each(study: Study, names: Sequence[str]) -> list[Tensor]:
     each = study.params.calibration_images // len(names)
-    return torch.cat([study.dataset(name).train_images[:each] for name in names])
+    return [study.dataset(name).train_images[:each] for name in names]
 
 
 def under_policy(
@@ -269,7 +273,7 @@ def under_policy(
     if policy in ("by_owner", "union", "per_task"):
         images, owners = calibration_images(study, [tested] if policy == "per_task" else tasks)[:limit], None
         if policy == "by_owner":
-            owners = torch.arange(len(tasks)).repeat_interleave(len(images) // len(tasks))
+            owners = torch.cat([torch.full((len(own),), i) for i, own in enumerate(_of_each(study, tasks))])
         with autocast(study.precision, images.device):
             recalibrate(network, normalize(images), owners)
     elif policy == "summed":
