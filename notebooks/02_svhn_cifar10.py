@@ -108,7 +108,8 @@ ends = f"the sum ends at {last['val_sum']:.1f} % and θ_main at {last['val_main'
 plots.curves(histories, main_title, support_title, f"Under “{TRAINED}” {ends} (seed 0)")
 
 # %% [markdown]
-# The curves use the validation split and the running batch-norm statistics of training; seed 0.
+# The curves use the validation split and the running batch-norm statistics of training; seed 0. Where keys are used the
+# third term is of both tasks' images, added.
 #
 # ## Is it only the norm?
 #

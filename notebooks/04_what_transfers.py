@@ -110,7 +110,7 @@ tables.shown(recipe_table)
 # %% [markdown]
 # What two keys have in common, layer by layer: the expected number of channels that both networks use. Of the sum's
 # weights that are not zero there are never more than its parents' together. Written out as a plain network of the
-# channels that it uses it has up to four times one network's (the last column), however wide the sum is.
+# channels that it uses it has up to four times one network's, however wide the sum is; the last column is its size.
 
 # %% tags=["hide-input"]
 room = measure.room(study, RANDOM, BOTH, SHARES)

@@ -123,7 +123,7 @@ def of_pair(summary: pd.DataFrame, counted: str, task: str) -> str:
     apart, together = summary.loc[BASELINE], summary.loc[TRAINED]
     from_sum, from_main = (summary["after"].get(f"sequential, from {start}") for start in ("the sum", "θ_main"))
     tuned = (
-        f" Fine-tuned, the sum reads {from_sum} %, as many steps from θ_main alone {from_main} %." if from_sum else ""
+        f" Fine-tuned, the sum reads {from_sum} %, its network after as many steps {from_main} %." if from_sum else ""
     )
     return (
         f"Trained to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
