@@ -482,7 +482,7 @@ def server(monkeypatch):
             monkeypatch.setenv(kind, f"http://127.0.0.1:{server.server_port}")
         monkeypatch.delenv("no_proxy", raising=False)
         monkeypatch.setattr(urllib.request, "_opener", None)  # it remembers proxies
-        monkeypatch.setattr(data, "_PATIENCE", 1.0)
+        monkeypatch.setattr(data, "_PATIENCE", 2.0)
         yield server
         server.ended.set()
         for thread in threading.enumerate():

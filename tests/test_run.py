@@ -248,9 +248,9 @@ def test_a_removed_page_is_made_again_and_an_unclean_run_is_not_published(house,
     with monkeypatch.context() as changed:
         changed.setattr(params, "CLAIMS", params.PARAMS_DIR / "recipes.yaml")
         assert run.main(["publish", *SMOKE]) == 2
-    assert "claims.yaml was changed after the run" in capsys.readouterr().err
+    assert "not of this code, these parameters and these claims" in capsys.readouterr().err
     assert run.main(["publish", *SMOKE, "--seeds", "2"]) == 2
-    assert "not of this code and these parameters" in capsys.readouterr().err
+    assert "not of this code, these parameters and these claims" in capsys.readouterr().err
     # nothing but what the house began with
     assert {f.name for f in (house.path / "book" / "published").iterdir()} == {*run.standing(house.path)}
 
