@@ -77,7 +77,7 @@ def install(folder, named):
     print(f"installing the locked packages into {folder} (a few minutes, once)", flush=True)
     pip, uv = [str(python_of(folder)), "-m", "pip", "install", "-q", "--disable-pip-version-check"], shutil.which("uv")
     if uv:  # several times as fast
-        pip = [uv, "pip", "install", "-q", "--python", str(python_of(folder))]
+        pip = [uv, "pip", "install", "-q", "--compile-bytecode", "--python", str(python_of(folder))]  # as pip does
     for what in (["-r", "requirements.lock"], ["--no-deps", "-e", "."]):
         subprocess.run([*pip, *what], check=True, close_fds=False)
     done.touch()
