@@ -172,7 +172,11 @@ def test_the_lock_is_installed_by_uv_where_it_is_there_else_by_pip(tmp_path, uv)
     command, path = [sys.executable, "install.py", "env"], f"{tmp_path / 'tools'}:/bin"
     subprocess.run(command, cwd=tmp_path, env={"PATH": path}, check=True, capture_output=True)
     called = " ".join((tmp_path / "called").read_text().split())
-    way = "pip install -q --compile-bytecode --python env/bin/python" if uv else "-m pip install -q --disable-pip-version-check"
+    way = (
+        "pip install -q --compile-bytecode --python env/bin/python"
+        if uv
+        else "-m pip install -q --disable-pip-version-check"
+    )
     assert called == f"{way} -r requirements.lock {way} --no-deps -e ."
 
 
