@@ -100,10 +100,8 @@ def test_each_owner_has_the_images_that_there_are(study, monkeypatch):
     monkeypatch.setattr(sums, "recalibrate", lambda network, images, owners: seen.append((len(images), owners)))
     sums.under_policy(study, network, "by_owner", total.tasks, "")
     ((images, owners),) = seen
-    assert images == study.params.calibration_images // 2 + 5 == len(owners) and owners.bincount().tolist() == [
-        images - 5,
-        5,
-    ]
+    assert images == study.params.calibration_images // 2 + 5 == len(owners)
+    assert owners.bincount().tolist() == [images - 5, 5]
 
 
 def test_before_and_after_are_what_a_hand_made_sum_measures(study, pairs):

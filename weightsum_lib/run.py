@@ -276,8 +276,7 @@ def publish(p: Params, folder: Path) -> None:
     if stale := [name for name in notebook_names(p) if not _is_fresh(name, p, folder)]:
         why = "failed, or is not of this code, these parameters and these claims; run it again"
         raise RunError(f"{', '.join(stale)} in {folder} {why}")
-    results = [store.read_json(path) for path in _all_made(folder) if path.suffix == ".json"]
-    commits = {result["provenance"]["commit"] for result in results}
+    commits = {store.read_json(f)["provenance"]["commit"] for f in _all_made(folder) if f.suffix == ".json"}
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
     if p.only_page:

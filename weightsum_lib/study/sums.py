@@ -271,9 +271,10 @@ def under_policy(
     """
     network = network if isinstance(network, WeightSum) else copy.deepcopy(network)
     if policy in ("by_owner", "union", "per_task"):
-        images, owners = calibration_images(study, [tested] if policy == "per_task" else tasks)[:limit], None
+        each = _of_each(study, [tested] if policy == "per_task" else tasks)
+        images, owners = torch.cat(each)[:limit], None
         if policy == "by_owner":
-            owners = torch.cat([torch.full((len(own),), i) for i, own in enumerate(_of_each(study, tasks))])
+            owners = torch.arange(len(each)).repeat_interleave(torch.tensor([*map(len, each)]))
         with autocast(study.precision, images.device):
             recalibrate(network, normalize(images), owners)
     elif policy == "summed":
