@@ -24,7 +24,7 @@
 # | Multi-input network or weight sharing? | neither: a third network whose weights are a *function* of two others | below |
 # | What is the third term? | it has several readings; the simplest is the plain cross-entropy of the sum; profiles with more rows than `quick` hold the others against it (task 1) | table below |
 # | Is it meta-learning? | a relative: it asks for weights that still work *after* a change of weights | below |
-# | Is it a good idea? | for a pair trained together it works, but one network trained on both tasks is simpler and keeps both skills; two that never met lose most if they are added as they are, and far less if they were trained for it and get room | tasks 1 to 3, next pages |
+# | Is it a good idea? | for a pair trained together it works, but one network trained on both tasks is simpler, where both datasets can be had; two that never met lose most if they are added as they are, and far less if they were trained for it and get room | tasks 1 to 3, next pages |
 # | Similar examples? | model soups, task arithmetic, superposition of models and others | bibliography below |
 #
 # Everything here runs in seconds, on two untrained networks and a few images of the synthetic stand-in for SVHN; the

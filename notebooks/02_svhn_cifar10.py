@@ -78,7 +78,7 @@ tables.shown(main_table, marked=[BASELINE, TRAINED])
 # A small gap is worth nothing if θ_support was sacrificed for it, or if θ_support could do SVHN anyway (the control
 # above). So here is θ_support on its own task, and the sum there. A method *counts* if neither of its networks is worse
 # before the sum than one of its size that was trained alone for as many steps, by more than 1 point (CIFAR-10:
-# 3 points). The control here is θ_main on CIFAR-10.
+# 3 points); `independent`, of whatever width, is its own measure. The control here is θ_main on CIFAR-10.
 
 # %% tags=["hide-input"]
 pairs = on_support.loc[[m for m in on_support.index if m in p.rows]]  # sequential ones are those of `independent`
@@ -108,8 +108,9 @@ ends = f"the sum ends at {last['val_sum']:.1f} % and θ_main at {last['val_main'
 plots.curves(histories, main_title, support_title, f"Under “{TRAINED}” {ends} (seed 0)")
 
 # %% [markdown]
-# The curves use the validation split and the running batch-norm statistics of training; seed 0. Where keys are used the
-# third term is of both tasks' images, added.
+# The curves use the validation split, of networks alone under the running batch-norm statistics of training, of the sum
+# under statistics re-estimated on 500 training images of the tested task; seed 0. Where keys are used the third term is
+# of both tasks' images, added.
 #
 # ## Is it only the norm?
 #

@@ -26,7 +26,7 @@
 #
 # What to expect is below: the whole curve over k, what each part is worth (not every step above is shown to be needed),
 # where the losses are, how many networks fit, and the price: the sum is wide, its networks are small, and who has
-# both datasets should train one network on both ([task 3](03_mnist_svhn)).
+# both datasets can train one network on both instead ([task 3](03_mnist_svhn)).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -61,6 +61,7 @@ lines = {
     recipe: measure.curve(study, [RANDOM], BOTH, SHARES),
     equal_room: measure.curve(study, [RANDOM], BOTH, SHARES[1:], narrow=0, draws=3),
     plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=3),
+    f"{plainly}, scale centred": measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=3, how="centered"),
     "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="summed", draws=3),
     "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="union", draws=3),
 }
@@ -84,8 +85,10 @@ Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data
 # At the sparse end two keys hardly meet (a table below has the expected number of shared channels). There the sum of
 # the weights is nearly the ensemble of the logits, with the recipe or without; what is lost there is lost to loud
 # answers on the other's images. At the dense end a network has to live with the other in its channels as well. *Policy
-# union*: batch-norm statistics from all images, whoever owns a channel; *state dicts added*: from none. In layers of
-# fewer than 64 channels a network has a smaller share than k.
+# union*: batch-norm statistics from all images, whoever owns a channel; *state dicts added*: from none, beside networks
+# as they were trained. *Scale centred*: before the sum each scale of the batch norm is written as its deviation from 1,
+# which changes no network, but the sum where two share a channel; the recipe's are written so from the start. In layers
+# of fewer than 64 channels a network has a smaller share than k.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum of two networks keeps, in percent, against the share k of the sum's channels that each network uses, one line for the recipe, for the recipe with equal room in all layers, with other batch-norm statistics, and for networks that were trained plainly. The table below holds the numbers."}}
 at_headline = " and ".join(f"{kept[recipe, HEADLINE, n].mean:.1f} % of {tables.title(n)}" for n in BOTH)
@@ -142,25 +145,27 @@ plots.lost_by_layer(
 
 # %% [markdown]
 # And draw by draw, at k = ⅛, test images: what a sum keeps against the share of the network's channels that the other
-# one uses too.
+# one uses too. The rank correlation is that of one pair's draws, its mean and interval over the pairs.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum keeps, in percent, against the share of the network's channels that the other network uses too, a point for each draw of the keys, with room by layer and with equal room in all layers."}}
 of_draws = wide.xs(HEADLINE, level="share")
 of_draws = of_draws[of_draws.index.get_level_values("line").isin([recipe, equal_room])]
-ranked = of_draws.xs(recipe, level="line").groupby("tested")[["shared", "kept"]].corr("spearman")["kept"]
-ranked = ranked.xs("shared", level=1)
-correlation = " and ".join(f"{ranked[n]:.2f} on {tables.title(n)}".replace("-", "−") for n in BOTH)
 message = "What a sum of two strangers keeps, and how many channels they share"
-plots.by_draw(of_draws, f"{message}: rank correlation in the recipe {correlation}" if p.draws > 2 else message)
+if p.draws > 2:
+    pairs = of_draws.xs(recipe, level="line").groupby(["tested", "seed"])[["shared", "kept"]]
+    ranked = pairs.corr("spearman")["kept"].xs("shared", level=-1).groupby("tested").agg(tables.interval)
+    message += f": rank correlation in the recipe {' and '.join(f'{ranked[n]:.2f} on {tables.title(n)}' for n in BOTH)}"
+plots.by_draw(of_draws, message)
 
 # %% [markdown]
 # ## What each part is worth
 #
-# `keys alone` leaves out all of the training, each further row (in profiles that have them) one part, or has more of one;
-# summed as the recipe is, at k = ⅛ and at ¼, where it hurts, on validation images, with seeds for choices alone where the
-# profile has such (`choice_seeds`). Differences are paired by seed. One whose interval
-# holds 0 is undecided, and where n is 1 it is a hint, no more. No row here leaves out the loss on the sum, or the scale
-# that is stored as a deviation from 1: what they are worth is not shown.
+# `keys alone` leaves out all of the training, each further row (in profiles that have them) leaves out or changes what it
+# is called by; summed as the recipe is, at k = ⅛ and at ¼, where it hurts, on validation images, with seeds for choices
+# alone where the profile has such (`choice_seeds`). Differences are paired by seed. One whose interval holds 0 is
+# undecided, and where n is 1 it is a hint, no more. No row leaves out the loss on the sum alone, or the scale that is
+# stored as a deviation from 1: what the one is worth is not shown, of the other the curve above shows it for networks
+# that were trained plainly.
 
 # %% tags=["hide-input"]
 compared = [RANDOM, ALONE, *p.parts_with("random")]
@@ -185,13 +190,13 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 #
 # Networks of further tasks join the sum, one after another: CIFAR-10, and in larger profiles other colours and quarter
 # turns of the same datasets. Each was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside inverted MNIST), and has
-# met none of the others. The ensemble of their logits stands beside every number: what it loses is lost to loudness
-# (the sum's own batch-norm statistics may give some of it back). What keys can lose is the rest: to the right it
-# stands against the expected number of *other* networks on a channel, (N − 1)·k. A law of two numbers is fitted to
-# the sums of fewer networks, and held to those of the most: kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table
+# met none of the others. The curves are the mean of MNIST and SVHN, which are in every sum. The ensemble of the
+# networks' logits stands beside every number: what it loses is lost to loudness. What keys can lose is the rest: to the
+# right it stands against the expected number of *other* networks on a channel, (N − 1)·k. A law of two numbers is fitted
+# to the sums of fewer networks, and held to those of the most: kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table
 # says how far it holds. It counts only what keys lose, not what loudness does.
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what tasks keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what MNIST and SVHN keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
 COUNTS = (2, 4, 8) if len(joining) == 8 else (2, 3)
 grown = [
     measure.curve(study, [m], joining[:n], SHARES[1:], draws=3, seeds=their_seeds).assign(networks=n)
@@ -199,13 +204,15 @@ grown = [
     for n in COUNTS
 ]
 growing = tables.wide(pd.concat(grown))
-of_random = growing.xs(RANDOM, level="method").groupby(["networks", "share"])
+in_all = growing[growing.index.get_level_values("tested").isin(BOTH)]
+of_random = in_all.xs(RANDOM, level="method").groupby(["networks", "share"])
 law, law_table = findings.capacity(of_random["kept_of_ensemble"].mean(), COUNTS[:-1])
 most = of_random["kept"].mean().xs(COUNTS[-1], level="networks")
 plots.capacity(
-    growing,
+    in_all,
     law.kept,
-    f"{COUNTS[-1]} strangers keep {most[SPARSEST]:.0f} % on average at k = 1/128, {most[HEADLINE]:.0f} % at ⅛",
+    f"Of {COUNTS[-1]} strangers MNIST and SVHN keep {most[SPARSEST]:.0f} % on average at k = 1/128, "
+    f"{most[HEADLINE]:.0f} % at ⅛",
 )
 
 # %% tags=["hide-input"]
@@ -217,10 +224,12 @@ misses = (found - by_law).abs().max()
 fitting = {tables.fraction(k): law.networks(k, 99) for k in SHARES[1:]}
 Markdown(
     f"By the law (c = {law.scale:.3g}, b = {law.power:.2f}), which counts what keys lose and not what the ensemble itself "
-    "has lost to loudness, the mean over tasks keeps 99 % of what the ensemble reads with so many networks (1: no sum): "
+    "has lost to loudness, the mean of MNIST and SVHN keeps 99 % of what the ensemble reads with so many networks (1: no "
+    "sum): "
     + ", ".join(f"{n} at {k}" for k, n in fitting.items())
-    + f", as far as the law holds: it misses the table by up to {misses:.1f} points. Single tasks lie above and below the mean. Under disjoint keys, which are agreed on, "
-    "it is 1 / k of them."
+    + ", as far as the law holds: it misses the table by "
+    f"up to {misses:.1f} points. Single tasks lie above and below the mean. Under disjoint keys, which are agreed on, it "
+    "is 1 / k of them."
 )
 
 # %% [markdown]
@@ -269,8 +278,8 @@ tables.shown(loud_table, marked=[DISJOINT])
 # ## The price
 #
 # A network under a key is a small network, and quietness and strange partners take some of its capacity. Here is what
-# each does alone, before any sum, against a dense one of full width (that of `independent`) and one of its own size,
-# both trained alone for as many steps (own training task's statistics), for the seeds that all of them have. What
+# each does alone, before any sum, against a dense one of the profile's width (that of `independent`) and one of its own
+# size, both trained alone for as many steps (statistics of the own task's images), for the seeds that all of them have. What
 # *counts* in the table of task 3 is the last of these, on all seeds of the row: the whole interval below one point.
 
 # %% tags=["hide-input"]

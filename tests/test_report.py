@@ -316,7 +316,7 @@ def test_a_page_says_which_data_it_was_made_from():
 
 def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     def row(method, after):
-        cells = {"before": 98.0, "after": after, "gap": 98.0 - after, "other": 9.0}
+        cells = {"before": 98.0, "after": after, "gap": 98.0 - after, "kept": after / 0.98, "other": 9.0}
         shown = {"task": "Task 1: MNIST", "method": method, "networks": f"sum, {method}", "n": 1}
         return shown | {name: interval([value])._asdict() for name, value in cells.items()}
 
@@ -567,7 +567,7 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     runs = dict(each for provenance in of for each in provenance["training_seconds"].items())
     measuring = sum({k: v for each in of for k, v in each["measuring_seconds"].items()}.values())
     values = json.loads((tmp_path / "book" / "published" / "headline.json").read_text(encoding="utf-8"))["values"]
-    times = f"{len(runs)} networks took {sum(runs.values()) / 60:,.1f} minutes of one process to train"  # each once
+    times = f"{len(runs)} runs took {sum(runs.values()) / 60:,.1f} minutes of one process to train"  # each once
     assert values["times"] == f"{times} and {measuring / 60:,.1f} to test, others beside it"
     page.write_headline(tmp_path / "book" / "published", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "headline.json").read_text(encoding="utf-8"))["tables"]

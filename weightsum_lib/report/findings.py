@@ -13,7 +13,7 @@ from weightsum_lib.study.params import BASELINE, DISJOINT, RANDOM, TRAINED
 CHANCE = 10.0  # percent, ten classes
 _SACRIFICED = {
     "yes": "",
-    "no": ", but its networks were already worse before the sum than those trained alone",
+    "no": ", but one of its networks, or both, was already worse before the sum than one trained alone",
     "undecided": "; whether its networks are as good before the sum as those trained alone is undecided",
 }
 
@@ -75,17 +75,15 @@ def shares(rows: pd.DataFrame, what: str, task: str, method: str, named: bool = 
     """What a method reads of each dataset, percent on average: "23.9 % of MNIST and 24.5 % of SVHN", or the numbers.
 
     Args:
-        rows: of the front page, with ``task``, ``method``, ``before`` and ``after``.
+        rows: of the front page, with ``task``, ``method``, ``before``, ``after`` and ``kept``.
         what: "before" or "after" the sum, or what is "kept" of the one in the other.
         task: how the names of the tasks begin, a pattern.
         method: the method.
         named: whether the datasets are.
     """
     of = rows[rows["task"].str.match(task) & (rows["method"] == method)]
-    before, after = (of[end].map(lambda cell: cell.mean) for end in ("before", "after"))
-    values = {"before": before, "after": after, "kept": 100 * after / before}[what]
     datasets = of["task"].str.split(": ").str[-1]
-    each = [f"{value:.1f}" + f" % of {name}" * named for value, name in zip(values, datasets, strict=True)]
+    each = [f"{cell.mean:.1f}" + f" % of {name}" * named for cell, name in zip(of[what], datasets, strict=True)]
     return " and ".join(each) + " %" * (not named) if each else "–"
 
 
@@ -108,7 +106,8 @@ def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
         f"was trained alone, {met_others} if each was trained to be added to another, and {recipe} by the recipe of "
         "this study.",
         f"The recipe has a price: its networks are small and lie in a wider one. Their sum reads {after}, dense "
-        f"networks of full width, each trained alone, read {alone}. Who has both datasets trains one network on both.",
+        f"networks as wide as the profile says, each trained alone, read {alone}. Who has both datasets can train one "
+        "network on both instead.",
     )
 
 

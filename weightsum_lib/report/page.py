@@ -38,7 +38,7 @@ def write_headline(folder: Path, target: Path) -> None:
     if rows.empty:
         why = f"no front page without results; {folder}/<notebook>.ipynb say why they failed"
         raise RuntimeError(f"{why}. Run them again: make notebooks PROFILE={folder.name}")
-    for column in rows.columns.intersection(["before", "after", "gap", "other", "renamed"]):
+    for column in rows.columns.intersection(["before", "after", "gap", "kept", "other", "renamed"]):
         rows[column] = [Interval(**cell) if isinstance(cell, dict) else None for cell in rows[column]]
     rows["verdict"] = rows.apply(verdict_of, axis=1)
     kinds = []
@@ -56,7 +56,7 @@ def write_headline(folder: Path, target: Path) -> None:
     values = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
     values["answer"], values["price"] = answer(rows, found)
     took = f"took {minutes[0]} minutes of one process to train and {minutes[1]} to test, others beside it"
-    values["times"] = f"{len(runs)} networks {took}"
+    values["times"] = f"{len(runs)} runs {took}"
     for name in params.STANDING:
         if alone := store.read_json(target / f"{name}.json"):
             values[f"{name}_notice"] = _run_notice(alone["provenance"])

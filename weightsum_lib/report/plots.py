@@ -237,7 +237,7 @@ def why(explained: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
         lost = summary.xs(name, level="tested")
         points = lost[list(kinds)].map(lambda cell: max(cell.mean, 0)).rename(columns=kinds)
         points.index = lost.index.get_level_values("method")
-        points[::-1].plot.barh(stacked=True, ax=axes, color=[CONTROL, AFTER], width=0.8, legend=False)
+        points[::-1].plot.barh(stacked=True, ax=axes, color=["0.75", "0.35"], width=0.8, legend=False)
         axes.set(title=f"lost on {title(name)}", xlabel=f"points, {_n(lost, bars='')}", ylabel="", xlim=(0, 100))
         axes.grid(axis="y", visible=False)
     panels[1].set_yticklabels([])

@@ -38,7 +38,7 @@ HEADINGS = {  # of levels and columns; what is not here is written as it is call
     "loudness": "Lost to loudness (points)",
     "interference": "Lost to interference (points)",
     "confidence": "The other network's confidence (%)",
-    "gap_full": "Below full width (points)",
+    "gap_full": "Below `independent` (points)",
     "gap_size": "Below its size (points)",
     "worst": "Kept in the worst draw (%)",
     "spread": "Spread of kept over draws (points)",
@@ -120,9 +120,9 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
     """The long frame with a row for each sum on each tested task, and what it is compared with beside it, in percent.
 
     Columns: ``after``, the sum, with the standard error of its ``sampling`` and how many of the tested task's channels
-    are ``shared``; the sum with ``renamed`` classes; and,
-    under their own statistics whatever those of the sum are, ``before``, the task's own network alone; ``other``, the
-    other task's network there (the best of several), the control, with its ``confidence``; the ``ensemble`` of logits.
+    are ``shared``; the sum with ``renamed`` classes; and ``before``, the task's own network alone; ``other``, the other
+    task's network there (the best of several), the control, with its ``confidence``; the ``ensemble`` of logits: under
+    their own statistics, but beside a sum whose statistics are ``summed`` under those of training, which these add up.
     And from them ``gap`` = before − after, ``kept`` = 100 · after / before, ``kept_of_ensemble`` = 100 · after /
     ensemble, and where the accuracy is lost: ``loudness`` = before − ensemble, ``interference`` = ensemble − after.
     What was not measured is nan.
@@ -132,7 +132,8 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
         own: tested dataset to the network that was trained for it; by default they have the same name.
     """
     alone = frame["network"] == frame["tested"].replace(own or {})
-    frame = frame.assign(role=frame["network"].map(_ROLES).fillna(alone.map({True: "before", False: "other"})))
+    roles = frame["network"].map(_ROLES).fillna(alone.map({True: "before", False: "other"}))
+    frame = frame.assign(role=roles, as_trained=frame["policy"] == "summed")
     by = [c for c in frame if c not in ("network", "role", "accuracy", "confidence", "sampling", "shared")]
     found = pd.DataFrame(index=frame[frame["role"] == "after"].set_index(by).index.unique())
     parts = {role: (role, "accuracy") for role in ("before", "after", "other", "ensemble", "renamed")}
@@ -141,6 +142,7 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
         levels = by if role in ("after", "renamed") else [level for level in by if level not in _OF_SUM]
         cells = frame[frame["role"] == role].groupby(levels, sort=False)[column].max()
         found = found.join(cells.rename(name), on=levels)
+    found = found.droplevel("as_trained")
     return found.assign(
         gap=found["before"] - found["after"],
         kept=100 * found["after"] / found["before"].clip(lower=0.1),
@@ -196,7 +198,7 @@ def room_table(room: pd.DataFrame) -> pd.DataFrame:
 
 
 def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFrame:
-    """What each network loses against dense ones that were trained alone, under the statistics of its own task.
+    """What each network loses against dense ones that were trained alone, under statistics of its own task's images.
 
     Args:
         rows: task 3's, as :func:`wide` gives them.
@@ -207,8 +209,8 @@ def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFra
         wide rows with ``before`` (percent), ``gap_full`` and ``gap_size`` (points: the twin's accuracy minus the
         network's), for the seeds that the twins have too.
     """
-    alone = rows["before"].groupby(["task", "seed", "tested", "method"], sort=False).first()
-    alone = alone.unstack("method", sort=False)
+    alone = rows["before"].xs("union", level="policy").groupby(["task", "seed", "tested", "method"], sort=False)
+    alone = alone.first().unstack("method", sort=False)
     of_size = alone[[twins[method] for method in alone]].set_axis(alone.columns, axis=1)
     found = {"before": alone, "gap_full": -alone.sub(alone[full], axis=0), "gap_size": of_size - alone}
     return pd.DataFrame({name: each.stack("method", future_stack=True) for name, each in found.items()}).dropna()
@@ -299,7 +301,7 @@ def headline(summary: pd.DataFrame, task: str, networks: str) -> list[dict]:
     """
     return [
         {"task": task, "method": row["method"], "networks": f"{networks}, {row['method']}", "n": row["n"]}
-        | {c: row[c] and row[c]._asdict() for c in ("before", "after", "gap", "other", "renamed")}
+        | {c: row[c] and row[c]._asdict() for c in ("before", "after", "gap", "kept", "other", "renamed")}
         for row in summary.reset_index().to_dict("records")
     ]
 

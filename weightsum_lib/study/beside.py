@@ -34,8 +34,8 @@ _WAYS = {  # how a network is made, the batch-norm policy, and the coefficients 
     ENSEMBLE: ("ensemble", OWN, [()]),
 }
 _FROM_A_START = {
-    "task arithmetic": ("arithmetic", "union", [(0.2,), (0.3,), (0.5,)]),
-    "TIES": ("ties", "union", [(0.3,), (0.5,), (1.0,)]),
+    "task arithmetic": ("arithmetic", "union", [(0.3,), (0.5,), (0.7,), (1.0,)]),
+    "TIES": ("ties", "union", [(0.5,), (1.0,), (1.5,)]),
     **{way: _WAYS[way] for way in ("average", "RegMean", "Fisher average", ENSEMBLE)},
 }
 # What others report of CIFAR-10 cut so (Stoica et al. 2024), percent of all ten classes; their targets are text.

@@ -41,6 +41,7 @@ _THIRDS = {
 }
 _JOINING = ("mnist", "svhn", NEITHER, "svhn inverted", "mnist turned", "svhn turned", "mnist inverted")
 _JOINING += (("cifar10 inverted", "mnist inverted", "main"),)
+_BESIDE = {OWN: "ensemble", "summed": "as_trained"}  # beside sums whose statistics are summed stands the second
 _BATCH = 500  # test images whose own statistics the policy "batch" uses
 _BLOCK = 10  # neighbouring images that are drawn together: SVHN's share a house number
 _PLANE_IMAGES = 300  # to calibrate and to test one point of the plane: many points, little precision needed
@@ -153,7 +154,8 @@ def pairs(study: Study, main: str, support: str) -> Iterator[Case]:
             continue
         pair = pair_members(study, method, main, support, seed)
         for name, member in zip(("main", "support"), pair, strict=True):
-            yield Case(task, method, seed, name, alone(member), OWN, both)
+            for policy, how in _BESIDE.items():
+                yield Case(task, method, seed, name, replace(alone(member), how=how), policy, both)
         total = keyed(study, method, pair)
         for policy in policies_of(study.params, method):
             yield Case(task, method, seed, "sum", total, policy, both)
@@ -189,12 +191,13 @@ def _summed_rows(study: Study) -> Iterator[tuple[str, int]]:
     return (row for row in _rows(study) if study.params.method(row[0]).protocol != "sequential")
 
 
-def _alone(about: Sequence, each: Sequence[Member], split: str) -> Iterator[Case]:
+def _alone(about: Sequence, each: Sequence[Member], split: str, policies: Iterable[str]) -> Iterator[Case]:
     """What sums are compared with: each network on all tasks, the others' as a control, and the ensemble of logits."""
     tasks = tuple(member.task for member in each)
-    for member in each:
-        yield Case(*about, member.task, alone(member), OWN, tasks, split)
-    yield Case(*about, "ensemble", Sum(tuple(each), tasks, "ensemble"), OWN, tasks, split)
+    for policy in policies:
+        for member in each:
+            yield Case(*about, member.task, replace(alone(member), how=_BESIDE[policy]), policy, tasks, split)
+        yield Case(*about, "ensemble", Sum(tuple(each), tasks, _BESIDE[policy]), policy, tasks, split)
 
 
 def strangers(study: Study, first: str, second: str) -> Iterator[Case]:
@@ -208,14 +211,15 @@ def strangers(study: Study, first: str, second: str) -> Iterator[Case]:
     both, p = (first, second), study.params
     for method, seed in _summed_rows(study):
         pair, about = members(study, method, both, seed), ("3", method, seed)
-        yield from _alone(about, pair, "test")
+        yield from _alone(about, pair, "test", _BESIDE)
         total = keyed(study, method, pair, SHARE, narrow=NARROW)
         headline = headline_policy(p, method)
+        names = (first, f"{second} renamed {shift_of(total)}")
         for policy in policies_of(p, method):
             for number in range(p.draws if policy == headline and total.keys == "random" else 1):
                 yield Case(*about, "sum", replace(total, draw=number), policy, both)
-        names = (first, f"{second} renamed {shift_of(total)}")
-        yield Case(*about, "renamed", replace(total, how="renamed"), headline, names)
+                if policy == headline:
+                    yield Case(*about, "renamed", replace(total, how="renamed", draw=number), policy, names)
 
 
 def curve(
@@ -251,7 +255,7 @@ def curve(
         how = policy or headline_policy(study.params, method)
         for seed in (seeds or study.params.seeds_of)(method):
             each, head = members(study, method, networks, seed), (str(len(networks)), method, seed)
-            cases += _alone(head, each, split)
+            cases += _alone(head, each, split, ["summed" if how == "summed" else OWN])
             random = study.params.method(method).keys == "random"
             for share, number in product(shares, numbers) if random else [(None, 0)]:
                 total = keyed(study, method, each, share, narrow=narrow, draw=number, **about)

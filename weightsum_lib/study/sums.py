@@ -26,7 +26,7 @@ from weightsum_lib.study.train import autocast
 # per_task: training images of the tested task; presumes to know which task a test image is from
 # batch: the test batch's own, all of one task; needs many test images at once and presumes their task
 POLICIES = ("by_owner", "union", "summed", "per_task", "batch")
-_FISHER_IMAGES = 50  # each takes ten gradients
+_FISHER_IMAGES = 200  # each takes ten gradients
 _OF_KEYS = ("narrow", "only", "draw")  # fields that say something of random keys
 OWN = "own"  # of a network that is not summed: training images of its own task, whatever it is tested on
 
@@ -134,6 +134,24 @@ def ensemble(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     return merging.Ensemble(_calibrated(study, what, networks))
 
 
+def as_trained(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
+    """The same with the running statistics of training, which `summed` adds up."""
+    return merging.Ensemble(networks)
+
+
+def centered(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
+    """The plain sum once each batch norm of a network stores its scale as the deviation from 1: the same network."""
+    same = []
+    for member, network in zip(what.members, networks, strict=True):
+        config = replace(member.config, method=replace(member.config.method, centered_scale=True))
+        same.append(build(config).to(study.device))
+        same[-1].load_state_dict(network.state_dict())
+        for module in same[-1].modules():
+            if isinstance(module, _BatchNorm):
+                module.weight.data -= 1 - member.config.method.centered_scale
+    return plain(study, what, same)
+
+
 def renamed(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """The plain sum, the classes of its last network renamed as in the task ``<dataset> renamed <shift>``."""
     return plain(study, what, [*networks[:-1], merging.relabelled(networks[-1], torch.arange(10).roll(shift_of(what)))])
@@ -178,9 +196,13 @@ def stacked(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
 
 
 def signed(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
-    """What a superposition gives for the first network's key: that network, and the others under random signs."""
+    """What a superposition of the layers' weights gives for the first network's key: that network with the biases and
+    the batch norm of its own, since who is told the task can keep these, and the others' weights under random signs."""
     generator = torch.Generator().manual_seed(what.members[0].config.stream("main", "signs"))
-    return WeightSum([networks[0], *(merging.random_signs(n, generator) for n in networks[1:])])
+    others = [merging.random_signs(network, generator) for network in networks[1:]]
+    for vector in (p for network in others for p in network.parameters() if p.ndim == 1):
+        vector.data.zero_()
+    return WeightSum([networks[0], *others])
 
 
 def regmean(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
@@ -200,7 +222,7 @@ def _fisher(study: Study, member: Member) -> Tensor:
     images = normalize(calibration_images(study, [member.task]))
     network = study.run(member.config).networks[member.role]
     return merging.fisher_information(
-        under_policy(study, network, "per_task", (), member.task), images[:_FISHER_IMAGES]
+        under_policy(study, network, "per_task", (), member.task), images[:: max(1, len(images) // _FISHER_IMAGES)]
     )
 
 
@@ -246,14 +268,13 @@ def shift_of(what: Sum) -> int:
 
 
 def calibration_images(study: Study, names: Sequence[str]) -> Tensor:
-    """Training images that set batch-norm statistics, uint8 (N, 3, 32, 32): equally many of each named task, as far as
-    it has so many, and as many in all as ``calibration_images`` says."""
+    """Training images that set batch-norm statistics, uint8 (N, 3, 32, 32): of each named task as many as
+    ``calibration_images`` says, as far as it has so many; so a task has in a sum as many as its network has alone."""
     return torch.cat(_of_each(study, names))
 
 
 def _of_each(study: Study, names: Sequence[str]) -> list[Tensor]:
-    each = study.params.calibration_images // len(names)
-    return [study.dataset(name).train_images[:each] for name in names]
+    return [study.dataset(name).train_images[: study.params.calibration_images] for name in names]
 
 
 def under_policy(
@@ -277,7 +298,7 @@ def under_policy(
             owners = torch.arange(len(each)).repeat_interleave(torch.tensor([*map(len, each)]))
         with autocast(study.precision, images.device):
             recalibrate(network, normalize(images), owners)
-    elif policy == "summed":
+    elif policy == "summed" and isinstance(network, WeightSum):  # else as it was trained
         network.add_statistics()
     network = (network.materialize() if isinstance(network, WeightSum) else network).eval()
     for module in network.modules():
