@@ -113,7 +113,6 @@ def test_before_and_after_are_what_a_hand_made_sum_measures(study, pairs):
     assert one(pairs, **about, policy="per_task", network="sum", tested="mnist") == total
     alone = {"network": "main", "tested": "mnist"}
     assert one(pairs, **about, policy="own", **alone) == percent(study, main, "mnist", mnist)
-    assert one(pairs, **about, policy="summed", **alone) == percent(study, main, "mnist")  # as it was trained
     photos = calibration(study, "cifar10")
     for name in ("mnist", "cifar10"):  # under its own statistics on either
         about_support = {**about, "policy": "own", "network": "support"}

@@ -154,8 +154,7 @@ def pairs(study: Study, main: str, support: str) -> Iterator[Case]:
             continue
         pair = pair_members(study, method, main, support, seed)
         for name, member in zip(("main", "support"), pair, strict=True):
-            for policy, how in _BESIDE.items():
-                yield Case(task, method, seed, name, replace(alone(member), how=how), policy, both)
+            yield Case(task, method, seed, name, alone(member), OWN, both)
         total = keyed(study, method, pair)
         for policy in policies_of(study.params, method):
             yield Case(task, method, seed, "sum", total, policy, both)
@@ -211,9 +210,8 @@ def strangers(study: Study, first: str, second: str) -> Iterator[Case]:
     both, p = (first, second), study.params
     for method, seed in _summed_rows(study):
         pair, about = members(study, method, both, seed), ("3", method, seed)
-        yield from _alone(about, pair, "test", _BESIDE)
-        total = keyed(study, method, pair, SHARE, narrow=NARROW)
-        headline = headline_policy(p, method)
+        total, headline = keyed(study, method, pair, SHARE, narrow=NARROW), headline_policy(p, method)
+        yield from _alone(about, pair, "test", [each for each in (OWN, headline) if each in _BESIDE])
         names = (first, f"{second} renamed {shift_of(total)}")
         for policy in policies_of(p, method):
             for number in range(p.draws if policy == headline and total.keys == "random" else 1):
