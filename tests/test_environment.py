@@ -121,7 +121,8 @@ def clone(folder):
 
 
 def make(folder, *arguments, **environment):
-    fixed = {"CONDA_DEFAULT_ENV": "", "PYTHON": sys.executable, "VENV": ""}  # not those of the make around this
+    # not those of the make around this, as they are or typed behind it
+    fixed = {"CONDA_DEFAULT_ENV": "", "PYTHON": sys.executable, "VENV": "", "MAKEFLAGS": ""}
     # uv would ask a stand-in for Python who it is
     fixed["PATH"] = os.pathsep.join(d for d in os.environ["PATH"].split(os.pathsep) if not shutil.which("uv", path=d))
     environment = {k: v for k, v in (os.environ | fixed | environment).items() if v}
