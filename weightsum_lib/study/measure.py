@@ -204,8 +204,9 @@ def strangers(study: Study, first: str, second: str) -> Iterator[Case]:
 
     Each network is tested on both tasks (on the other's it is the control without which the sum means nothing), and
     there are the ``ensemble`` of the logits and the sum with ``renamed`` classes, in which two digit networks can't
-    help each other. Random keys are of the share ``SHARE``, with ``NARROW``; under the row's headline policy there are
-    as many draws of them as the parameter ``draws`` says.
+    help each other. Where the row's headline is ``summed``, networks and ensemble are there as they were trained, too.
+    Random keys are of the share ``SHARE``, with ``NARROW``; under the row's headline policy there are as many draws of
+    them as the parameter ``draws`` says.
     """
     both, p = (first, second), study.params
     for method, seed in _summed_rows(study):

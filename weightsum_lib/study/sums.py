@@ -26,7 +26,7 @@ from weightsum_lib.study.train import autocast
 # per_task: training images of the tested task; presumes to know which task a test image is from
 # batch: the test batch's own, all of one task; needs many test images at once and presumes their task
 POLICIES = ("by_owner", "union", "summed", "per_task", "batch")
-_FISHER_IMAGES = 200  # each takes ten gradients
+_FISHER_IMAGES = 200  # at most; each takes ten gradients
 _OF_KEYS = ("narrow", "only", "draw")  # fields that say something of random keys
 OWN = "own"  # of a network that is not summed: training images of its own task, whatever it is tested on
 
@@ -222,7 +222,7 @@ def _fisher(study: Study, member: Member) -> Tensor:
     images = normalize(calibration_images(study, [member.task]))
     network = study.run(member.config).networks[member.role]
     return merging.fisher_information(
-        under_policy(study, network, "per_task", (), member.task), images[:: max(1, len(images) // _FISHER_IMAGES)]
+        under_policy(study, network, "per_task", (), member.task), images[:: -(-len(images) // _FISHER_IMAGES)]
     )
 
 
