@@ -269,9 +269,9 @@ class Study:
         return min(joblib.cpu_count(), self.params.networks_at_once or min(_MOST_AT_ONCE, fit))
 
     def notebooks_at_once(self) -> int:
-        """How many notebooks run at once, each with processes of its own: on a CPU two, as memory allows."""
-        alone, each = self.cluster or self.device.type != "cpu", (2 << 30) + self.at_once() * self._worker
-        return 1 if alone else max(1, min(2, joblib.cpu_count(), pool.memory() // each))
+        """How many notebooks run at once, each with processes of its own: on a CPU two, as memory and knobs allow."""
+        most = 1 if self.cluster or self.device.type != "cpu" else self.params.networks_at_once or 2
+        return max(1, min(2, most, joblib.cpu_count(), pool.memory() // ((2 << 30) + self.at_once() * self._worker)))
 
     def train_here(self, config: RunConfig, on_epoch: Callable[[dict], None] = lambda row: None) -> None:
         """Train a run whose parents are finished, in this process and one thread, and keep it in its folder."""
