@@ -71,7 +71,7 @@ publish: setup  ## Keep the finished run of PROFILE as book/published, and its t
 	@$(RUN) publish $(OPTIONS)
 
 bench: setup  ## Measure the speed of a training step, and what a cluster gains, about ten minutes; the book's pages on speed and size show it.
-	@$(PY) -m weightsum_lib.bench --device "$$DEVICE"
+	@$(RUN) bench --device "$$DEVICE"
 
 lab: setup  ## Open JupyterLab on the paired notebooks, the first of them open.
 	@$(RUN) lab

@@ -105,5 +105,5 @@ def test_ratios_are_told_from_the_lowest_to_the_highest_setting():
 
 def test_a_missing_gpu_is_said(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main(["--device", "cuda"]) == 2
+    assert run.main(["bench", "--device", "cuda"]) == 2
     assert "DEVICE=cpu" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """``make bench``: the speed of the three-term step, beside one plain step, its floor, and other ways of doing it."""
 
-import argparse
 import functools
 import itertools
 import random
@@ -239,15 +238,16 @@ def write(steps: pd.DataFrame, content: dict, folder: Path, earlier: dict | None
     return folder / "bench.json"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: measure, print the tables, write ``bench.json``, ``bench.png``, ``scale.json`` in results."""
-    parser = argparse.ArgumentParser(prog="python -m weightsum_lib.bench", description=__doc__)
-    parser.add_argument("--device", default="", help="cpu or cuda; by default a GPU where there is one")
-    try:
-        device = pick_device(parser.parse_args(argv).device or "auto")
-    except params.ParamsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(device: str) -> None:
+    """Measure, print the tables, write ``bench.json``, ``bench.png`` and ``scale.json`` in the folder of results.
+
+    Args:
+        device: cpu, cuda, or auto: a GPU where there is one.
+
+    Raises:
+        ParamsError: it is not there.
+    """
+    device = pick_device(device)
     method, precision = params.Method(protocol="joint", third="ce"), pick_precision(device)
     config = RunConfig(method, "mnist", "cifar10", arch="vgg16", learning_rate=1e-3, precision=precision)
     widths = (0.25, 1.0) if device.type == "cuda" else (0.25,)  # a CPU is busy for minutes with the full width
@@ -260,8 +260,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, table in (content["tables"] | larger["tables"]).items():
         print(f"\n{name}\n{pd.DataFrame(table['rows'], columns=table['columns']).to_string(index=False)}")
     print(f"\n{content['values']['finding']}\n{path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

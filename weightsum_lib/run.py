@@ -366,9 +366,9 @@ def build_book(folder: Path) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: ``python -m weightsum_lib.run {plan,train,notebooks,book,all,publish,lab} --profile quick``."""
+    """The command line: a step and its options, such as ``python -m weightsum_lib.run all --profile quick``."""
     parser = argparse.ArgumentParser(prog="python -m weightsum_lib.run", description=__doc__)
-    parser.add_argument("step", choices=("plan", "train", "notebooks", "book", "all", "publish", "lab"))
+    parser.add_argument("step", choices=("plan", "train", "notebooks", "book", "all", "publish", "lab", "bench"))
     parser.add_argument("--profile", default="quick")
     for option in ("--data-dir", "--seeds", "--device", "--notebook", "--force"):
         parser.add_argument(option, default="")  # as make's variables, of which an empty one is not set
@@ -380,6 +380,11 @@ def main(argv: list[str] | None = None) -> int:
             raise ParamsError("'published' is a stored run, not a profile to run: make book PROFILE=published")
         if given.step == "lab":
             pair()
+            return 0
+        if given.step == "bench":
+            from weightsum_lib import bench  # slow to load, as all that computes
+
+            bench.main(given.device or "auto")
             return 0
         folder = PUBLISHED
         if given.profile != "published":

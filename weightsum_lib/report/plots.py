@@ -62,11 +62,9 @@ def _of_tasks(summary: pd.DataFrame, height: float, unit: str) -> tuple[Figure, 
 
 def _done(figure: Figure, message: str) -> Figure:
     """Put the figure's one message on top and one legend of all its panels below; the caller shows it."""
-    width, found = figure.get_figwidth(), {}
+    width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(message, int(9.5 * width)), x=0.01, ha="left", fontweight="bold", fontsize=12)
-    for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
+    found = {label: mark for axes in figure.axes for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if found:
         columns = max(1, int(width / (0.5 + 0.07 * max(map(len, found)))))
         figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=10)
