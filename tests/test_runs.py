@@ -326,6 +326,21 @@ def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, gib
     assert study.notebooks_at_once() == 1
 
 
+def test_a_sum_of_many_networks_has_room_where_it_is_measured(tiny, monkeypatch):
+    study, found = Study(replace(tiny, width=0.5, networks_at_once=0)), []
+    monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
+    monkeypatch.setattr(pool, "memory", lambda: 24 << 30)
+    monkeypatch.setattr(Study, "_workers", lambda study, jobs, networks=2: found.append(networks) or 1 / 0)
+    assert [study.at_once(n) for n in (1, 2, 4, 8)] == [4, 4, 4, 2]
+    pair = [study.config("independent", name) for name in ("mnist", "svhn")]
+    monkeypatch.setattr(study, "train_all", lambda configs: None)
+    monkeypatch.setattr(study, "content_of", lambda measurement: {"networks": len(measurement.configs)})
+    wanted = [runs.Measurement(abs, configs, {"data": []}) for configs in (pair, pair * 4)]
+    with pytest.raises(ZeroDivisionError):
+        study.measured(wanted)
+    assert found == [8]
+
+
 @pytest.mark.parametrize(
     ("file", "says", "found"),
     [

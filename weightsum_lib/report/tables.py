@@ -7,7 +7,6 @@ import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -330,8 +329,8 @@ def save(
     headline: Sequence[dict] = (),
     intervals: Mapping[str, Interval] | None = None,
     rows: pd.DataFrame | None = None,
-) -> Path:
-    """Write ``<results_dir>/<profile>/<notebook>.json``, which the book reads; returns its path.
+) -> None:
+    """Write ``<results_dir>/<profile>/<notebook>.json``, which the book reads.
 
     Args:
         notebook: name of the notebook.
@@ -351,6 +350,4 @@ def save(
     if rows is not None:
         shown = rows[["before", "after", "ensemble"]].round(3).reset_index()
         content["rows"] = json.loads(shown.to_json(orient="split", index=False))
-    path = study.results / profile / f"{notebook}.json"
-    store.write_json(path, content)
-    return path
+    store.write_json(study.results / profile / f"{notebook}.json", content)

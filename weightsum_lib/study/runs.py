@@ -233,12 +233,15 @@ class Study:
                 store.unpack(self.folder(config), files)
 
     @contextlib.contextmanager
-    def _workers(self, jobs: int) -> Iterator[tuple[pool.Pool, str, bool]]:
-        """Where so many jobs are done; a mark in the cache of runs, and whether all workers see it there."""
+    def _workers(self, jobs: int, networks: int = 2) -> Iterator[tuple[pool.Pool, str, bool]]:
+        """Where so many jobs are done; a mark in the cache of runs, and whether all workers see it there.
+
+        The most networks that a job sums decide how many jobs have room.
+        """
         mark, resources = secrets.token_hex(8), {"GPU": 1} if self.device.type == "cuda" else None
         store.write_json(self.results / "marks" / mark, mark)
         try:
-            with pool.opened(min(jobs, self.at_once()), self.cluster, resources) as workers:
+            with pool.opened(min(jobs, self.at_once(networks)), self.cluster, resources) as workers:
                 seen = workers.everywhere(functools.partial(_sees, self, mark))
                 yield workers, mark, all(each is True for each in seen)
         finally:
@@ -263,9 +266,10 @@ class Study:
         steps = config.trained_epochs * (config.epoch_images // config.batch_size)
         return self._step_seconds[alike] * steps / 3600
 
-    def at_once(self) -> int:
-        """How many networks are trained at once."""
-        fit = max(1, (pool.memory() - (2 << 30)) // self._worker) if self.device.type == "cpu" else 1
+    def at_once(self, networks: int = 2) -> int:
+        """How many pairs are trained at once, or sums of so many networks measured: of each the images, through all."""
+        worker = self._worker * max(1, networks**2 // 9)  # 8 networks of `evening` took 10 GiB
+        fit = max(1, (pool.memory() - (2 << 30)) // worker) if self.device.type == "cpu" else 1
         return min(joblib.cpu_count(), self.params.networks_at_once or min(_MOST_AT_ONCE, fit))
 
     def notebooks_at_once(self) -> int:
@@ -336,7 +340,7 @@ class Study:
             return f"measure-{path.stem}", functools.partial(_measure, self, one, self.same(content)), 0
 
         if missing:
-            with self._workers(len(missing)) as (workers, _, shared):
+            with self._workers(len(missing), max(len(m.configs) for m in wanted)) as (workers, _, shared):
                 for number, (path, value) in enumerate((workers if shared else pool.Pool()).each(missing, job), 1):
                     store.write_sealed(path, {"key": contents[missing[path]], **value})
                     if number % 20 == 0:  # it may take minutes
