@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Task 3: MNIST + SVHN, two networks that never met
 #
-# θ_m comes from task 1 and θ_s from task 2; the two never met. Each was trained alone (`independent`, `shared start`,
-# `keys alone`) or beside a CIFAR-10 network of its own (all other rows). They share no random numbers, but for their start
+# θ_m comes from task 1 and θ_s from task 2; the two never met. Each was trained alone (`independent` of either width,
+# `shared start`, `keys alone`) or beside a CIFAR-10 network of its own (all other rows). They share no random numbers, but for their start
 # in `shared start`. Their weights are added, with no training afterwards. Does surviving *one* partner teach a network to
 # survive *any* partner? (Hold `joint ce` against `independent`, with
 # the classes of SVHN renamed: else one digit network helps the other.)
@@ -109,7 +109,7 @@ tables.shown(of_task[SECOND], f"On {tables.title(SECOND)}", MARKED)
 # the ensemble and the sum, because the weights *interfere* and because a sum has statistics of its own (a negative number in
 # the tables: these helped; bars end at 0).
 
-# %% tags=["hide-input"] mystnb={"image": {"alt": "Top: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method that the finding names. Bottom: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
+# %% tags=["hide-input"] mystnb={"image": {"alt": "Top: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method of the front page. Bottom: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
 explained = pd.concat([measure.explained(study, m, FIRST, SECOND) for m in HEADLINE])
 at_fc2 = explained[explained["layer"] == "fc2"].set_index("method")["explained"]
 plots.why(
@@ -162,7 +162,7 @@ policy_table = tables.table(policies, ["before", "after"])
 tables.shown(policy_table)
 
 # %% [markdown]
-# ## As others merge, and what is the ceiling
+# ## As others merge, and networks that did meet
 #
 # Two networks that were trained apart (`independent`), from a `shared start`, or by the recipe (`random keys`, here
 # without their keys: as they are), merged by the methods of the literature. Statistics: `union`; of the ensemble `own`;

@@ -59,11 +59,16 @@ for halved in p.halves:
     for words, (other, least) in TARGETS.items():
         points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
         target = f"the target, {least} or more, is {findings.judge(points, least)}".replace("-", "−")
-        finding += f", {points} points against {words} ({target})"
-    best = after.xs((halved, beside.ENSEMBLE), level=("task", "way")).map(lambda cell: cell.mean)
-    finding += f". The best ensemble is that of {best.idxmax()}: {best.max():.1f} %; of the literature's mergers "
-    most = "{} ({})".format(*of_others[halved].idxmax())
-    finding += f"{most} reads most, {of_others[halved].max():.1f} %. "
+        finding += f", {points} points more (−: less) than {words} ({target})"
+    if RANDOM in p.merged:
+        recipe, plain = ((halved, "sum under random keys", networks) for networks in (f"{RANDOM}, unseen", ALONE))
+        points = tables.interval(by_seed.loc[recipe] - by_seed.loc[plain])
+        finding += f". Under random keys the sum of networks trained by the recipe, unseen, reads {after[recipe]} %, "
+        finding += f"that of plainly trained ones {after[plain]} %: {points} points"
+    most = of_others[halved].idxmax(), after.xs(halved).xs(beside.ENSEMBLE).map(lambda cell: cell.mean).idxmax()
+    merger, ensemble = after[(halved, *most[0])], after[(halved, beside.ENSEMBLE, most[1])]
+    finding += f". The best ensemble is that of {most[1]}: {ensemble} % (n = {ensemble.n}); of the literature's "
+    finding += "mergers {} ({}) reads most, ".format(*most[0]) + f"{merger} % (n = {merger.n}). "
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved; the dashed line is the best ensemble. The table below holds the numbers."}}
@@ -86,8 +91,8 @@ plots.merged(
 #
 # Sizes are fair where the *merged* networks are of one size: the last column counts the weights of the one network that
 # are not zero, as a multiple of one of the two. An averaged network has one network's, that of a pruned pair too,
-# since from a shared start the zeros coincide; where channels are zipped or regressed (RegMean), its zeros fill up. A
-# zipped one has as many or fewer, since channels may come out empty; a sum under keys or one that is zipped in part has
+# since from a shared start the zeros coincide; where channels are matched, zipped or regressed (RegMean), its zeros fill up.
+# A zipped one of unpruned networks has as many or fewer, since channels may come out empty; a sum under keys or one that is zipped in part has
 # up to two, an ensemble two: hold a sum against the best ensemble, whichever networks that is of.
 #
 # Grey marks, where CIFAR-10 is halved, are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width,

@@ -173,7 +173,7 @@ def test_the_finding_on_a_pair_turns_with_the_numbers(pairs):
     assert "is undecided" in findings.of_pair(on_mnist(pairs), "undecided", "MNIST") and "Fine-tuned" not in text
     tuned = on_mnist(pairs).rename({"independent": "sequential, from the sum", "joint ce": "sequential, from θ_main"})
     text = findings.of_pair(pd.concat([on_mnist(pairs), tuned]), "yes", "MNIST")
-    assert "Fine-tuned, the sum reads 13.0" in text and "its network after as many steps 97.5" in text
+    assert "Fine-tuned for as many steps, the sum reads 13.0" in text and "its own network 97.5" in text
 
 
 def test_what_counts_is_not_inferior_by_the_end_of_its_interval(pairs):

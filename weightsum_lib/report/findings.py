@@ -120,14 +120,13 @@ def of_pair(summary: pd.DataFrame, counted: str, task: str) -> str:
         task: title of the main task.
     """
     apart, together = summary.loc[BASELINE], summary.loc[TRAINED]
-    from_sum, from_main = (summary["after"].get(f"sequential, from {start}") for start in ("the sum", "θ_main"))
-    tuned = (
-        f" Fine-tuned, the sum reads {from_sum} %, its network after as many steps {from_main} %." if from_sum else ""
-    )
+    starts = {"the sum reads": "the sum", "its own network": "θ_main", "random weights": "random weights"}
+    reads = {words: summary["after"].get(f"sequential, from {start}") for words, start in starts.items()}
+    tuned = ", ".join(f"{words} {cell} %" for words, cell in reads.items() if cell)
     return (
         f"Trained to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
         f"network alone reads {together['before']} %{_SACRIFICED[counted]}. The sum of two networks that were trained "
-        f"apart {verdict_of(apart)}: {apart['after']} %.{tuned}"
+        f"apart {verdict_of(apart)}: {apart['after']} %." + f" Fine-tuned for as many steps, {tuned}." * bool(tuned)
     )
 
 
