@@ -119,7 +119,7 @@ def test_a_line_of_code_is_counted_as_one(tmp_path):
         ("Is it meta-learning?", "a relative: it asks for weights that still work *after* a change of weights"),
         (
             "Is it a good idea?",
-            "for a pair trained together it works, but one network trained on both tasks is simpler",
+            "and may lose the other; one network trained on both tasks is simpler",
         ),
         ("Similar examples?", "bibliography below"),
     ],
