@@ -68,8 +68,8 @@ for halved in p.halves:
     most = of_others[halved].idxmax(), after.xs(halved).xs(beside.ENSEMBLE).map(lambda cell: cell.mean).idxmax()
     merger, ensemble = after[(halved, *most[0])], after[(halved, beside.ENSEMBLE, most[1])]
     finding += f". The best ensemble is that of {most[1]}: {ensemble} % (n = {ensemble.n}); of the literature's "
-    finding += "mergers {} ({}) reads most, ".format(*most[0]) + f"{merger} % (n = {merger.n}). "
-Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
+    finding += "mergers {} ({}) reads most, ".format(*most[0]) + f"{merger} % (n = {merger.n}).\n\n"
+Markdown(f"**The finding.** {finding}{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy over all ten classes for every way to make one network of two, a line a way, a marker for each pair of networks, this study's in orange; a panel for each dataset that is halved; the dashed line is the best ensemble. The table below holds the numbers."}}
 best = of_others[p.halves[0]]
