@@ -340,7 +340,8 @@ class Study:
             return f"measure-{path.stem}", functools.partial(_measure, self, one, self.same(content)), 0
 
         if missing:
-            with self._workers(len(missing), max(len(m.configs) for m in wanted)) as (workers, _, shared):
+            most = max(len(wanted[i].configs) for i in missing.values())
+            with self._workers(len(missing), most) as (workers, _, shared):
                 for number, (path, value) in enumerate((workers if shared else pool.Pool()).each(missing, job), 1):
                     store.write_sealed(path, {"key": contents[missing[path]], **value})
                     if number % 20 == 0:  # it may take minutes
