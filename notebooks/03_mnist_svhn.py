@@ -17,15 +17,15 @@
 # survive *any* partner? (Hold `joint ce` against `independent`, with
 # the classes of SVHN renamed: else one digit network helps the other.)
 #
-# Two rows are made for this. Under **disjoint keys** each task may use its own quarter of the channels of every
-# layer, by agreement: by construction that is two small networks side by side whose logits are added, so the row
-# measures how quiet each is on the other's images. Under **random keys** each network draws an eighth of the sum's
-# channels by itself, knowing nothing of the other, so that some of its channels are the partner's too; a layer of
-# fewer than 64 channels gets the room of one that has 64. What is agreed is the size of the sum, and the kind of
-# images to be quiet on. `keys alone` are small networks that were trained plainly, and added under keys drawn in the same
-# way. Is it only the width of the sum? Dense networks *twice as wide* (in profiles that have them) are as wide as the sum
-# under random keys is in its widest layers. What each part of the training adds, and denser and sparser keys, are on the
-# [next page](04_what_transfers).
+# Two rows are made for this. Under **disjoint keys** each task may use its own quarter of the channels of every layer,
+# by agreement: by construction that is two small networks side by side whose logits are added, so the row measures how
+# quiet each is on the other's images. Under **random keys** each network draws an eighth of the sum's channels by
+# itself, knowing nothing of the other, so that some of its channels are the partner's too; a layer of fewer than 64
+# channels gets the room of one that has 64. What is agreed is the size of the sum, and the kind of images to be quiet
+# on. `keys alone` are small networks that were trained plainly, and added under keys drawn in the same way. Is it only
+# the width of the sum? Dense networks *twice as wide* (in profiles that have them) are as wide as the sum under random
+# keys is in its widest layers. What each part of the training adds, and denser and sparser keys, are on the [next
+# page](04_what_transfers).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -63,14 +63,14 @@ plots.examples(shown, "What the networks see: a test image of each class", p.in_
 # %% [markdown]
 # ## Each network alone, and the sum
 #
-# The batch-norm statistics of each network alone are those of its own task (unlabelled training images), whatever it
-# is tested on. Those of a sum come from training images too, as many of each task, and nobody tells the network which
-# task a test image is from: of dense networks from images of *both* tasks (policy `union`); under random keys for each
+# The batch-norm statistics of each network alone are those of its own task (unlabelled training images), whatever it is
+# tested on. Those of a sum come from training images too, as many of each task, and nobody tells the network which task
+# a test image is from: of dense networks from images of *both* tasks (policy `union`); under random keys for each
 # channel from images of the task whose network has it, of both where they share it (`by_owner`). Disjoint keys need no
-# images: the state dicts are added as they are (`summed`), and compared with the networks as they are, under the running
-# statistics of training. Under random keys each row is the mean of all draws of the keys that the profile has (`draws`).
-# The green diamond is the control without which no number here means anything: the *other* task's network on these
-# images, alone.
+# images: the state dicts are added as they are (`summed`), and compared with the networks as they are, under the
+# running statistics of training. Under random keys each row is the mean of all draws of the keys that the profile has
+# (`draws`). The green diamond is the control without which no number here means anything: the *other* task's network on
+# these images, alone.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every method, test accuracy of the task's own network, of the sum, and of the other task's network as a control; the dotted line is chance. The tables below hold the same numbers."}}
 margins = {FIRST: 1.0, SECOND: 1.0}  # points that a network may be worse than alone, and still count
@@ -105,9 +105,9 @@ tables.shown(of_task[SECOND], f"On {tables.title(SECOND)}", MARKED)
 # Above: of all that happens in the sum's channels that θ_m uses, on an image of its own task, how much is θ_m's own
 # doing? (The squared correlation of each channel with the same channel of θ_m alone, weighted by variance, behind the
 # batch norm.) What is missing is the partner's noise. Below: the accuracy that is lost, split in two. Between each
-# network and the ensemble it is lost because the other one answers *loudly* on images that are not its own; between
-# the ensemble and the sum, because the weights *interfere* and because a sum has statistics of its own (a negative number in
-# the tables: these helped; bars end at 0).
+# network and the ensemble it is lost because the other one answers *loudly* on images that are not its own; between the
+# ensemble and the sum, because the weights *interfere* and because a sum has statistics of its own (a negative number
+# in the tables: these helped; bars end at 0).
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Top: variance in the sum explained by the MNIST network alone, layer by layer, one line for each method of the front page. Bottom: points of accuracy lost on MNIST and on SVHN, split into loudness of the other network and interference of the weights, one bar for each method."}}
 explained = pd.concat([measure.explained(study, m, FIRST, SECOND) for m in HEADLINE])
@@ -130,9 +130,9 @@ tables.shown(split[SECOND], f"On {tables.title(SECOND)}", MARKED)
 
 # %% [markdown]
 # The *ensemble of logits* runs both networks, each under its own statistics, and adds their logits: it is what a sum
-# would do whose weights don't interfere and whose statistics are those of its networks; a sum under disjoint keys is just
-# that. *Confidence* is the mean
-# largest probability that the network of the other task gives; 10 % would be perfectly quiet.
+# would do whose weights don't interfere and whose statistics are those of its networks; a sum under disjoint keys is
+# just that. *Confidence* is the mean largest probability that the network of the other task gives; 10 % would be
+# perfectly quiet.
 #
 # ## Every batch-norm policy
 #
@@ -166,9 +166,9 @@ tables.shown(policy_table)
 #
 # Two networks that were trained apart (`independent`), from a `shared start`, or by the recipe (`random keys`, here
 # without their keys: as they are), merged by the methods of the literature. Statistics: `union`; of the ensemble `own`;
-# of *random signs*, which are told which task a test image is from, `per_task`. Where a way has coefficients, validation
-# images choose. *Random weights of the partner's norms* stand in for each network in turn, as a control. The Fisher
-# information is of up to 200 images a network.
+# of *random signs*, which are told which task a test image is from, `per_task`. Where a way has coefficients,
+# validation images choose. *Random weights of the partner's norms* stand in for each network in turn, as a control. The
+# Fisher information is of up to 200 images a network.
 #
 # The last rows did meet, in training on both tasks: one network for all images (statistics: its `own`); a pair whose
 # third term keeps both tasks; and one set of weights that is one task's network as it is, and the other's under random
@@ -198,9 +198,9 @@ plots.plane(planes, (FIRST, SECOND), "The plain sum (star) and two networks that
 # ## What the stand-ins are worth
 #
 # Where a dataset can't be had, the study takes a synthetic stand-in for it. This is what a small network (`keys alone`)
-# that was trained on the stand-in alone reads of the images that stand above, and of the stand-in's own; one seed. Where the
-# images above are a stand-in too, both are the same and say nothing of real ones.
-# Batch-norm statistics: of the stand-in's training images (`own`), or of those of the tested task (`per_task`).
+# that was trained on the stand-in alone reads of the images that stand above, and of the stand-in's own; one seed.
+# Where the images above are a stand-in too, both are the same and say nothing of real ones. Batch-norm statistics: of
+# the stand-in's training images (`own`), or of those of the tested task (`per_task`).
 
 # %% tags=["hide-input"]
 of_standins = tables.wide(measure.frame(study, measure.standin_worth(study, (FIRST, SECOND))))

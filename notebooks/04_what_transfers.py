@@ -80,15 +80,16 @@ Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data
 #
 # MNIST + SVHN, never trained together and not trained after the sum. The networks are the same along a line: a key is a
 # property of the sum, so one pair gives the whole curve. Means over draws of the keys (the recipe: all that the profile
-# has, the other lines at most three), then over seeds. *Kept* is the accuracy of the sum over that of the network alone.
+# has, the other lines at most three), then over seeds. *Kept* is the accuracy of the sum over that of the network
+# alone.
 #
 # At the sparse end two keys hardly meet (a table below has the expected number of shared channels). There the sum of
-# the weights is nearly the ensemble of the logits, with the recipe or without; what is lost there, under the
-# statistics of each channel's owner, is lost to loud answers on the other's images. At the dense end a network has to live with the other in its channels as well. *Policy
-# union*: batch-norm statistics from all images, whoever owns a channel; *state dicts added*: from none, beside networks
-# as they were trained. *Scale centred*: before the sum each scale of the batch norm is written as its deviation from 1,
-# which changes no network, but the sum where two share a channel; the recipe's are written so from the start. In layers
-# of fewer than 64 channels a network has a smaller share than k.
+# the weights is nearly the ensemble of the logits, with the recipe or without; what is lost there, under the statistics
+# of each channel's owner, is lost to loud answers on the other's images. At the dense end a network has to live with
+# the other in its channels as well. *Policy union*: batch-norm statistics from all images, whoever owns a channel;
+# *state dicts added*: from none, beside networks as they were trained. *Scale centred*: before the sum each scale of
+# the batch norm is written as its deviation from 1, which changes no network, but the sum where two share a channel;
+# the recipe's are written so from the start. In layers of fewer than 64 channels a network has a smaller share than k.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum of two networks keeps, in percent, against the share k of the sum's channels that each network uses, one line for the recipe, for the recipe with equal room in all layers, with other batch-norm statistics, and for networks that were trained plainly. The table below holds the numbers."}}
 at_headline = " and ".join(f"{kept[recipe, HEADLINE, n].mean:.1f} % of {tables.title(n)}" for n in BOTH)
@@ -126,10 +127,10 @@ tables.shown(room_table)
 # ## Where it is lost
 #
 # The sum at k = ⅛ with *equal* room in all layers, when keys are random in one layer and disjoint in all others. A
-# share of a layer's channels collides; how large it is varies from draw to draw with a variance of one over the
-# layer's room, and a layer of 8 channels that loses 2 has lost much. From that variance the rule was set, one number: a
-# layer of fewer than 64 channels gets the room of one that has 64, which makes it equal wherever it was larger. What the
-# rule is worth shows in the curve above (*equal room*). These bars were no part of it, and where their intervals overlap
+# share of a layer's channels collides; how large it is varies from draw to draw with a variance of one over the layer's
+# room, and a layer of 8 channels that loses 2 has lost much. From that variance the rule was set, one number: a layer
+# of fewer than 64 channels gets the room of one that has 64, which makes it equal wherever it was larger. What the rule
+# is worth shows in the curve above (*equal room*). These bars were no part of it, and where their intervals overlap
 # they say neither that it is right nor that it is wrong. Validation images, and seeds for choices alone where the
 # profile has such (`choice_seeds`).
 
@@ -190,13 +191,14 @@ switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 # ## How many fit?
 #
 # Networks of further tasks join the sum, one after another: CIFAR-10, and in larger profiles other colours and quarter
-# turns of the same datasets. Each was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside inverted MNIST), and has
-# met none of the other networks, though the images of some. The curves are the mean of MNIST and SVHN, which are in every sum. Under random keys they
-# are means over as many seeds as choices have, under disjoint keys of one seed. The ensemble of the
-# networks' logits stands beside every number: what it loses is lost to loudness. What keys can lose is the rest: to the
-# right it stands against the expected number of *other* networks on a channel, (N − 1)·k. A law of two numbers is fitted
-# to the sums of fewer networks, and held to those of the most: kept of the ensemble = exp(−(c·(N − 1)·k)^b). The table
-# says how far it holds. It counts only what keys lose, not what loudness does.
+# turns of the same datasets. Each was trained by the recipe beside a CIFAR-10 network (those of CIFAR-10 images beside
+# inverted MNIST), and has met none of the other networks, though the images of some. The curves are the mean of MNIST
+# and SVHN, which are in every sum. Under random keys they are means over as many seeds as choices have, under disjoint
+# keys of one seed. The ensemble of the networks' logits stands beside every number: what it loses is lost to loudness.
+# What keys can lose is the rest: to the right it stands against the expected number of *other* networks on a channel,
+# (N − 1)·k. A law of two numbers is fitted to the sums of fewer networks, and held to those of the most: kept of the
+# ensemble = exp(−(c·(N − 1)·k)^b). The table says how far it holds. It counts only what keys lose, not what loudness
+# does.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Left: what MNIST and SVHN keep on average, in percent, against the number of networks in the sum, one line for each share k of random keys and one for disjoint keys. Right: what random keys keep of the ensemble against the expected number of other networks on a channel, with the fitted law."}}
 COUNTS = (2, 4, 8) if len(joining) == 8 else (2, 3)
@@ -251,19 +253,20 @@ tables.shown(several_table)
 # θ_m + θ_s + a CIFAR-10 network under disjoint keys, where nothing collides. Which CIFAR-10 network? The support
 # network of the MNIST pair has met θ_m, that of the SVHN pair has met θ_s, one that was trained as the main network
 # beside inverted MNIST has met neither, and (in profiles that have it) one whose support network learned MNIST and SVHN
-# together has met neither network but the images of both. Compare what a task loses where the third network was shown its images, and where it
-# was not.
+# together has met neither network but the images of both. Compare what a task loses where the third network was shown
+# its images, and where it was not.
 
 # %% tags=["hide-input"]
 three_table = tables.by_task(of_three, ["before", "ensemble", "after", "kept"])
 tables.shown(three_table)
 
 # %% [markdown]
-# Is a network quieter on strangers' images if it was taught to be quiet on more kinds? Each row below
-# but the first (in profiles that have such) was trained to answer uniformly not only on its partner's images but also on images of no task: coloured *noise* that changes every
-# 1 to 8 pixels, *patches* (both tasks' images cut into 16 pieces and shuffled), or *any of these*, blends of two
-# images among them. Three networks, none of which has met another, on validation images; differences are paired by
-# seed. *Kept* is against the row's own networks, which may read less alone: *before* and *after* say.
+# Is a network quieter on strangers' images if it was taught to be quiet on more kinds? Each row below but the first (in
+# profiles that have such) was trained to answer uniformly not only on its partner's images but also on images of no
+# task: coloured *noise* that changes every 1 to 8 pixels, *patches* (both tasks' images cut into 16 pieces and
+# shuffled), or *any of these*, blends of two images among them. Three networks, none of which has met another, on
+# validation images; differences are paired by seed. *Kept* is against the row's own networks, which may read less
+# alone: *before* and *after* say.
 
 # %% tags=["hide-input"]
 loud = measure.curve(
@@ -282,7 +285,8 @@ tables.shown(loud_table, marked=[DISJOINT])
 #
 # A network under a key is a small network, and quietness and strange partners take some of its capacity. Here is what
 # each does alone, before any sum, against a dense one of the profile's width (that of `independent`) and one of its own
-# size, both trained alone for as many steps (statistics of the own task's images), for the seeds that all of them have. What
+# size, both trained alone for as many steps (statistics of the own task's images), for the seeds that all of them have.
+# What
 # *counts* in the table of task 3 is the last of these, on all seeds of the row: the whole interval below one point.
 
 # %% tags=["hide-input"]

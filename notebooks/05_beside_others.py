@@ -49,8 +49,8 @@ plots.use_style()
 found = beside.frame(study).rename(columns={"network": "way", "method": "networks", "accuracy": "after"})
 found["tested"] = found["tested"].str.partition(" ")[2].replace("", ALL)
 found = found.set_index(["task", "way", "networks", "tested", "seed"])[["after", "weights"]]
-summary = tables.summarize(found, ["task", "way", "networks", "tested"])
-of_all = summary.xs(ALL, level="tested").loc[p.halves]
+summary = tables.summarize(found, ["task", "way", "networks", "tested"]).loc[p.halves]
+of_all = summary.xs(ALL, level="tested")
 after, way = of_all["after"], of_all.index.get_level_values("way")
 by_seed = found["after"].groupby(found.index.names, sort=False).mean().xs(ALL, level="tested").unstack("seed")
 of_others, finding = after[~way.str.contains("^sum|^ensemble|told")].map(lambda cell: cell.mean), ""
@@ -90,17 +90,18 @@ plots.merged(
 # arithmetic and TIES), validation images choose. The Fisher information is of up to 200 images a network.
 #
 # Sizes are fair where the *merged* networks are of one size: the last column counts the weights of the one network that
-# are not zero, as a multiple of one of the two. An averaged network has one network's, that of a pruned pair too,
-# since from a shared start the zeros coincide; where channels are matched, zipped or regressed (RegMean), its zeros fill up.
-# A zipped one of unpruned networks has as many or fewer, since channels may come out empty; a sum under keys or one that is zipped in part has
-# up to two, an ensemble two: hold a sum against the best ensemble, whichever networks that is of.
+# are not zero, as a multiple of one of the two. An averaged network has one network's, that of a pruned pair too, since
+# from a shared start the zeros coincide; where channels are matched, zipped or regressed (RegMean), its zeros fill up.
+# A zipped one of unpruned networks has as many or fewer, since channels may come out empty; a sum under keys or one
+# that is zipped in part has up to two, an ensemble two: hold a sum against the best ensemble, whichever networks that
+# is of.
 #
-# Grey marks, where CIFAR-10 is halved, are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at four times the width,
-# whose targets are the classes' names in CLIP's text space. There ZipIt! in part comes within 4 points of its ensemble:
-# wider networks that are trained longer are easier to match, so what small networks say of it need not hold for those. Of
-# the nearest work (Caso et al. 2026) there is no such
-# number: it adds pairs of networks, each for one of MNIST's classes, which read 98.4 to 99.1 %; on CIFAR-10 its sums of weights
-# fail, and sums of logits work.
+# Grey marks, where CIFAR-10 is halved, are published, not measured here (Stoica et al. 2024, Table 1): ResNet-20 at
+# four times the width, whose targets are the classes' names in CLIP's text space. There ZipIt! in part comes within 4
+# points of its ensemble: wider networks that are trained longer are easier to match, so what small networks say of it
+# need not hold for those. Of the nearest work (Caso et al. 2026) there is no such number: it adds pairs of networks,
+# each for one of MNIST's classes, which read 98.4 to 99.1 %; on CIFAR-10 its sums of weights fail, and sums of logits
+# work.
 
 # %% tags=["hide-input"]
 table = tables.table(summary, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
@@ -111,10 +112,10 @@ tables.shown(table, marked=["sum under random keys", "sum under disjoint keys"])
 # %% [markdown]
 # ## Finding
 #
-# For the sum under disjoint keys of networks that have not seen the other half (in a profile without them, as `quick`, that
-# of plainly trained ones under random keys): does it read more than what ZipIt! makes of the first layers of networks
-# trained plainly, and no more than a point less than the ensemble of these networks' logits? A target is reached or missed if the
-# whole 95 % interval over seeds says so, else undecided; one seed decides nothing.
+# For the sum under disjoint keys of networks that have not seen the other half (in a profile without them, as `quick`,
+# that of plainly trained ones under random keys): does it read more than what ZipIt! makes of the first layers of
+# networks trained plainly, and no more than a point less than the ensemble of these networks' logits? A target is
+# reached or missed if the whole 95 % interval over seeds says so, else undecided; one seed decides nothing.
 
 # %% tags=["hide-input"]
 intervals = {".".join(map(params.slug, at)): cell for at, cell in after.items()}
