@@ -100,7 +100,9 @@ tables.shown(support_table, marked=[BASELINE, TRAINED])
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Table of colours: test accuracy of the sum on the main task in percent for every method, in rows, and every batch-norm policy, in columns."}}
 policies = tables.summarize(every_policy, ["method", "policy", "tested"]).loc[list(pairs.index)]
 panels = {f"the sum on {tables.title(n)} (%)": policies["after"].xs(n, level="tested") for n in (MAIN, SUPPORT)}
-plots.policies(panels, list(measure.POLICIES), "The sum under every batch-norm policy")
+by_policy = policies["after"].loc[TRAINED].xs(MAIN, level="tested").map("{0.mean:.0f} %".format)
+message = "The sum of {} reads {per_task} of {} with statistics of its images, {summed} with the two networks' added"
+plots.policies(panels, list(measure.POLICIES), message.format(TRAINED, main_title, **by_policy))
 
 # %% [markdown]
 # ## How training went

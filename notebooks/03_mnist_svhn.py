@@ -53,7 +53,10 @@ every_policy = tables.wide(measure.frame(study, measure.strangers(study, FIRST, 
 levels = every_policy.index.to_frame()
 sums = every_policy[levels["policy"] == levels["method"].map(policy)]
 summary = tables.summarize(sums, ["method", "policy", "tested"])
-finding = findings.of_strangers(summary.droplevel("policy"))
+margins = {FIRST: 1.0, SECOND: 1.0}  # points that a network may be worse than alone, and still count
+of_own_images = every_policy.xs("union", level="policy")  # beside which networks alone have statistics of their task's
+counted = {m: findings.counts(of_own_images, m, p.twin(m), margins) for m in summary.index.unique("method")}
+finding = findings.of_strangers(summary.droplevel("policy"), counted)
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
@@ -73,9 +76,6 @@ plots.examples(shown, "What the networks see: a test image of each class", p.in_
 # these images, alone.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every method, test accuracy of the task's own network, of the sum, and of the other task's network as a control; the dotted line is chance. The tables below hold the same numbers."}}
-margins = {FIRST: 1.0, SECOND: 1.0}  # points that a network may be worse than alone, and still count
-of_own_images = every_policy.xs("union", level="policy")  # beside which networks alone have statistics of their task's
-counted = {m: findings.counts(of_own_images, m, p.twin(m), margins) for m in summary.index.unique("method")}
 keyed, dense = (
     " and ".join(f"{cell.mean:.1f} % of {tables.title(name)}" for (_, name), cell in summary.loc[m, "after"].items())
     for m in (RANDOM, TRAINED)

@@ -60,7 +60,7 @@ equal_room = "the recipe, equal room in all layers"
 lines = {
     recipe: measure.curve(study, [RANDOM], BOTH, SHARES),
     equal_room: measure.curve(study, [RANDOM], BOTH, SHARES[1:], narrow=0, draws=3),
-    plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=3),
+    plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:]),
     f"{plainly}, scale centred": measure.curve(study, [ALONE], BOTH, SHARES[1:], draws=3, how="centered"),
     "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="summed", draws=3),
     "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="union", draws=3),
@@ -79,8 +79,8 @@ Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data
 # ## How dense may keys be?
 #
 # MNIST + SVHN, never trained together and not trained after the sum. The networks are the same along a line: a key is a
-# property of the sum, so one pair gives the whole curve. Means over draws of the keys (the recipe: all that the profile
-# has, the other lines at most three), then over seeds. *Kept* is the accuracy of the sum over that of the network
+# property of the sum, so one pair gives the whole curve. Means over draws of the keys (the recipe
+# and networks trained plainly: all that the profile has, the other lines at most three), then over seeds. *Kept* is the accuracy of the sum over that of the network
 # alone.
 #
 # At the sparse end two keys hardly meet (a table below has the expected number of shared channels). There the sum of

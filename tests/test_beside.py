@@ -1,5 +1,7 @@
 """The page beside others: the cases it is made of, and numbers of it by hand."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
@@ -25,8 +27,8 @@ def frame(study):
 
 
 def cases(study, halved, row):
-    """By way: the candidates of the first pair of networks, and of the last."""
-    found = list(beside._cases(study, halved, row, 0))
+    """By way to sum or merge: the candidates of the first pair of networks, and of the last."""
+    found = [each for each in beside._cases(study, halved, row, 0) if each[0].network != beside.ONE]
     return tuple({each[0].network: each for each in ordered} for ordered in (found[::-1], found))
 
 
@@ -66,7 +68,7 @@ def test_each_network_learns_its_half_beside_the_other_halfs_images_or_another_d
 
 
 def test_the_frame_has_every_way_of_each_row_on_all_classes_and_each_half(study, frame):
-    ways = {*beside._WAYS, *beside._FROM_A_START, "sum under random keys", "sum under disjoint keys"}
+    ways = {beside.ONE, *beside._WAYS, *beside._FROM_A_START, "sum under random keys", "sum under disjoint keys"}
     assert set(frame["network"]) == ways
     counts = frame.groupby(["method", "network", "draw"], dropna=False)["tested"].nunique()
     assert set(counts.drop(beside.SIGNS, level="network")) == {3}
@@ -81,6 +83,17 @@ def test_the_ensemble_and_the_sum_under_disjoint_keys_by_hand(study, frame):
     for tested in ("mnist", *HALVES):
         of_sum = accuracy(frame, method=f"{DISJOINT}, unseen", network="sum under disjoint keys", tested=tested)
         assert of_sum == right(study, networks, tested)  # as they were trained, statistics and all
+
+
+def test_one_of_the_two_stands_there_alone_chosen_on_validation_images(study, frame):
+    members = cases(study, "mnist", ALONE)[0][beside.ENSEMBLE][0].what.members
+    (candidates,) = (each for each in beside._cases(study, "mnist", ALONE, 0) if each[0].network == beside.ONE)
+    assert [case.what.members for case in candidates] == [(member,) for member in members]
+    found = []
+    for case in candidates:
+        by_split = (measure.frame(study, [replace(case, split=split, tested=("mnist",))]) for split in ("val", "test"))
+        found.append(tuple(accuracy(each, tested="mnist") for each in by_split))
+    assert accuracy(frame, method=ALONE, network=beside.ONE, tested="mnist") == max(found, key=lambda each: each[0])[1]
 
 
 def test_who_is_told_the_half_has_on_all_classes_the_mean_of_the_halves(frame):
@@ -119,7 +132,14 @@ def test_what_gets_most_validation_images_right_on_the_mean_of_the_tasks_is_chos
 
 def test_the_weights_of_what_is_merged_are_counted(frame):
     weights = frame[frame["method"] != "shared start, keyed size"].groupby("network")["weights"].mean()
-    for way, wanted in {"average": 1, "sum": 1, "RegMean": 1, beside.ENSEMBLE: 2, "sum under disjoint keys": 2}.items():
+    for way, wanted in {
+        "average": 1,
+        "sum": 1,
+        "RegMean": 1,
+        beside.ONE: 1,
+        beside.ENSEMBLE: 2,
+        "sum under disjoint keys": 2,
+    }.items():
         assert weights[way] == pytest.approx(wanted, abs=0.02), way
     assert 1.5 < weights[beside.PART] < 2
 

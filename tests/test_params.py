@@ -208,7 +208,7 @@ def test_a_row_is_held_against_networks_of_its_own_size():
         ({"arch": "resnet20"}, r"'arch' resnet20 has the page beside others alone"),
         ({"halves": []}, r"wants something to halve \('halves'\)"),
         ({"merged": {"disjoint keys": None}}, r"wants 'keys alone' in 'merged'"),
-        ({"only_page": 3}, r"'only_page' .* must be int 0 or 1 or 2 or 5, got 3"),
+        ({"only_page": 3}, r"'only_page' .* must be int 0 or 1 or 2 or 4 or 5, got 3"),
         ({"width": 1 / 32}, r"the widths are out of bounds: a network's ≥ 1/64"),
         ({"width": 8, "parts": {"x": {**KEYED, "keys": "random", "sum_width": 4}}}, r"the sum's ≤ 16"),
     ],

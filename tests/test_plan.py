@@ -19,7 +19,8 @@ pytestmark = pytest.mark.no_cover  # what it covers others do, and being watched
 
 
 @pytest.mark.parametrize(
-    "knobs", [{}, {"seeds": 2, "choice_seeds": 1, "ceiling_seeds": 1}, {"only_page": 2}, {"only_page": 5}]
+    "knobs",
+    [{}, {"seeds": 2, "choice_seeds": 1, "ceiling_seeds": 1}, {"only_page": 2}, {"only_page": 4}, {"only_page": 5}],
 )
 def test_the_queue_is_what_the_notebooks_ask_for(monkeypatch, tmp_path, knobs):
     asked, draws = set(), random.Random(0)

@@ -173,7 +173,9 @@ def test_the_finding_on_a_pair_turns_with_the_numbers(pairs):
     assert "is undecided" in findings.of_pair(on_mnist(pairs), "undecided", "MNIST") and "Fine-tuned" not in text
     tuned = on_mnist(pairs).rename({"independent": "sequential, from the sum", "joint ce": "sequential, from θ_main"})
     text = findings.of_pair(pd.concat([on_mnist(pairs), tuned]), "yes", "MNIST")
-    assert "Fine-tuned for as many steps, the sum reads 13.0" in text and "its own network 97.5" in text
+    assert "Fine-tuned for equally many steps, that sum reads 13.0" in text and "its MNIST network 97.5" in text
+    one = tables.wide(PAIRS[PAIRS["seed"] == 0], OWN)
+    assert findings.of_pair(on_mnist(one), "yes", "MNIST").startswith("In the one seed, trained to be added, the sum")
 
 
 def test_what_counts_is_not_inferior_by_the_end_of_its_interval(pairs):
@@ -191,10 +193,13 @@ def test_the_finding_on_strangers_says_what_each_kind_keeps():
         for m, k in (("independent", 0.3), ("joint ce", 0.2), ("random keys", 0.9), ("disjoint keys", 1))
         for row in strangers(m, 0, kept=k)
     ]
-    text = findings.of_strangers(tables.summarize(tables.wide(pd.DataFrame(frame)), ["method", "tested"]))
+    frame += [row for row in strangers("random keys", 0, kept=0.8, draw=1) if row["network"] in ("sum", "renamed")]
+    counted = {"random keys": "undecided", "disjoint keys": "yes"}
+    text = findings.of_strangers(tables.summarize(tables.wide(pd.DataFrame(frame)), ["method", "tested"]), counted)
     for words in ("added to a CIFAR-10 network, the sum keeps 20.0 % of MNIST and 20.0 % of SVHN",
-                  "trained alone, the sum keeps 30.0 %", "trained by the recipe, the sum keeps 90.0 %",
-                  "added as they are, the sum keeps 100.0 %"):  # fmt: skip
+                  "trained alone, the sum keeps 30.0 %", "trained by the recipe, the sum keeps 85.0 %",
+                  "added as they are, the sum keeps 100.0 %", "The worst draw of the random keys keeps 80.0 and 80.0 %",
+                  "By the recipe: undecided; under disjoint keys: yes"):  # fmt: skip
         assert words in text
 
 

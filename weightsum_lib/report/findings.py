@@ -8,7 +8,7 @@ import pandas as pd
 from scipy import optimize
 
 from weightsum_lib.report.tables import Interval, fraction, paired, title
-from weightsum_lib.study.params import BASELINE, DISJOINT, RANDOM, TRAINED
+from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, TRAINED
 
 CHANCE = 10.0  # percent, ten classes
 _SACRIFICED = {
@@ -98,16 +98,17 @@ def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
     lost = f" (of CIFAR-10 itself the sum of task 1 then reads {lost:.0f} %, by chance 10)" if lost else ""
     apart, strangers = (shares(rows, "kept", task, BASELINE) for task in ("Task [12]", "Task 3"))
     paired, met_others = (shares(rows, "kept", task, TRAINED, named=False) for task in ("Task [12]", "Task 3"))
-    recipe = shares(rows, "kept", "Task 3", RANDOM, named=False)
+    plainly, recipe = (shares(rows, "kept", "Task 3", method, named=False) for method in (ALONE, RANDOM))
     alone, after = shares(rows, "before", "Task 3", BASELINE, named=False), shares(rows, "after", "Task 3", RANDOM)
     return (
-        f"Added to a CIFAR-10 network, the sum keeps {apart} if the two were trained apart, {paired} if they were "
-        f"trained to be added{lost}. The sum of an MNIST and an SVHN network that never met keeps {strangers} if each "
-        f"was trained alone, {met_others} if each was trained to be added to another, and {recipe} by the recipe of "
-        "this study.",
+        f"Of a network and a CIFAR-10 network the sum keeps {apart} if the two were trained apart, {paired} if they "
+        f"were trained to be added{lost}. The sum of an MNIST and an SVHN network that never met keeps {strangers} if "
+        f"each was trained alone, {met_others} if each was trained to be added to another, {plainly} if they are small "
+        f"ones, trained plainly, in random channels of a wide sum, and {recipe} there by the recipe of this study. The "
+        "batch-norm statistics of these sums are set anew, from unlabelled training images.",
         f"The recipe has a price: its networks are small and lie in a wider one. Their sum reads {after}, dense "
-        f"networks as wide as the profile says, each trained alone, read {alone}. Who has both datasets can train one "
-        "network on both instead.",
+        f"networks of full width, each trained alone, read {alone}. Who has both datasets can train one network on "
+        "both instead.",
     )
 
 
@@ -120,21 +121,25 @@ def of_pair(summary: pd.DataFrame, counted: str, task: str) -> str:
         task: title of the main task.
     """
     apart, together = summary.loc[BASELINE], summary.loc[TRAINED]
-    starts = {"the sum reads": "the sum", "its own network": "θ_main", "random weights": "random weights"}
+    starts = {"sum reads": "the sum", f"its {task} network": "θ_main", "random weights": "random weights"}
     reads = {words: summary["after"].get(f"sequential, from {start}") for words, start in starts.items()}
     tuned = ", ".join(f"{words} {cell} %" for words, cell in reads.items() if cell)
+    trained = "In the one seed, trained" if together["after"].n == 1 else "Trained"
     return (
-        f"Trained to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
+        f"{trained} to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
         f"network alone reads {together['before']} %{_SACRIFICED[counted]}. The sum of two networks that were trained "
-        f"apart {verdict_of(apart)}: {apart['after']} %." + f" Fine-tuned for as many steps, {tuned}." * bool(tuned)
+        f"apart {verdict_of(apart)}: {apart['after']} %."
+        + f" Fine-tuned for equally many steps, that {tuned}."
+        * bool(tuned)
     )
 
 
-def of_strangers(summary: pd.DataFrame) -> str:
+def of_strangers(summary: pd.DataFrame, counted: Mapping[str, str]) -> str:
     """What the sum of two networks that never met reads, in plain sentences.
 
     Args:
         summary: a row a method and tested task.
+        counted: whether the networks of a method :func:`counts`.
     """
     ways = {
         BASELINE: "Of dense networks that were trained alone",
@@ -144,8 +149,13 @@ def of_strangers(summary: pd.DataFrame) -> str:
     }
     kept = " ".join(f"{words}, the sum keeps {_of_each(summary.loc[way, 'kept'])}." for way, words in ways.items())
     dense, keyed = (_of_each(summary.loc[way, "renamed"]) for way in (TRAINED, RANDOM))
-    control = "With the classes of SVHN renamed, so that neither network helps the other, dense ones that were trained"
-    return f"{kept} {control} to be added read {dense} in the sum, those under random keys {keyed}."
+    worst = " and ".join(f"{least:.1f}" for least in summary.loc[RANDOM, "worst"])
+    return (
+        f"{kept} The worst draw of the random keys keeps {worst} %. With the classes of SVHN renamed, so that neither "
+        f"network helps the other, dense ones that were trained to be added read {dense} in the sum, those under "
+        f"random keys {keyed}. Are the networks as good before the sum as dense ones of their size that were trained "
+        f"alone? By the recipe: {counted[RANDOM]}; under disjoint keys: {counted[DISJOINT]}."
+    )
 
 
 def of_recipe(recipe: pd.Series, plainly: pd.Series, shares: tuple[float, float], three: pd.Series) -> str:

@@ -200,13 +200,14 @@ def policies(shown: Mapping[str, pd.Series], names: Sequence[str], message: str)
 
     Args:
         shown: a panel's title to intervals by method and policy.
-        names: the policies, in order; one that a method has not stays empty.
+        names: the policies, in order; one that no method has is left out, that some lack stays empty there.
         message: what the figure says.
     """
     methods = next(iter(shown.values())).index.unique("method")
     figure, ((*panels,),) = _panels(len(shown), (9, 1.6 + 0.38 * len(methods)), sharey=True)
     for axes, (heading, cells) in zip(panels, shown.items(), strict=True):
-        means = cells.map(lambda cell: cell.mean).unstack("policy").reindex(index=methods, columns=list(names))
+        means = cells.map(lambda cell: cell.mean).unstack("policy")
+        means = means.reindex(index=methods, columns=[name for name in names if name in means])
         means.columns = [name.replace("_", "\n") for name in names]
         look = {"vmin": 0, "vmax": 100, "cmap": "cividis", "cbar": False, "yticklabels": False}
         sns.heatmap(means, ax=axes, annot=True, fmt=".0f", **look)

@@ -12,13 +12,14 @@ from weightsum_lib.study import measure
 from weightsum_lib.study.measure import NARROW, SHARE, Case
 from weightsum_lib.study.params import BASELINE, RANDOM, SHARED, Method
 from weightsum_lib.study.runs import Study
-from weightsum_lib.study.sums import OWN, Member, Sum, keyed, made
+from weightsum_lib.study.sums import OWN, Member, Sum, alone, keyed, made
 
 HALVES = ("classes 0-4", "classes 5-9")
 _UNSEEN = {"mnist": "cifar10", "svhn": "cifar10", "cifar10": "svhn"}  # the partner that is not the other half
 _ZIPS = ((1e-4, 0.075), (0.3, 0.125), (1.0, 1.0))  # α and β: two pairs of the authors', and without bounds
 _STRANGER = "sum with random weights of the partner's norms"
 ENSEMBLE, SIGNS, PART = "ensemble of logits", "random signs, told the task", "ZipIt!, first ⅔ of the layers"
+ONE = "one of the two, alone"
 _WAYS = {  # how a network is made, the batch-norm policy, and the coefficients of which validation images choose
     "sum": ("plain", "union", [()]),
     "sum, first ⅓ of the layers": ("stacked", "union", [(1 / 3,)]),
@@ -39,7 +40,7 @@ _FROM_A_START = {
     **{way: _WAYS[way] for way in ("average", "RegMean", "Fisher average", ENSEMBLE)},
 }
 # What others report of CIFAR-10 cut so (Stoica et al. 2024), percent of all ten classes; their targets are text.
-PUBLISHED_NETWORK = "published: ResNet-20, width 4"
+PUBLISHED_NETWORK = "published: ResNet-20, four times as wide"
 PUBLISHED = {"Git Re-Basin": 46.2, "matching by activations": 58.4, "ZipIt!": 79.1, PART: 83.8, ENSEMBLE: 87.4}
 
 
@@ -55,6 +56,7 @@ def _cases(study: Study, halved: str, row: str, seed: int) -> Iterator[list[Case
         pair = tuple(measure.members(study, row, networks, seed))
         case = partial(Case, halved, row + said, seed)
         tested = (halved, *halves)
+        yield [case(ONE, alone(member), OWN, tested) for member in pair]
         yield from (each for each in _merged(case, pair, tested, m) if m.third == "none" or each[0].network == ENSEMBLE)
         if m.keys != "none":
             total, policy = keyed(study, row, pair, SHARE, narrow=NARROW), measure.headline_policy(p, row)

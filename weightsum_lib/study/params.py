@@ -139,7 +139,7 @@ class Params:
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
     draws: int = _knob("draws of random keys", _from(1, 1000))
     ceiling_seeds: int = _knob("seeds of networks that meet both tasks of task 3; 0: few mergers", _from(0, 1000))
-    only_page: int = _knob("1, 2 or 5: that page alone; 0: the whole report", _one_of(0, 1, 2, 5))
+    only_page: int = _knob("1, 2, 4 or 5: that page alone; 0: the whole report", _one_of(0, 1, 2, 4, 5))
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
     merged: dict = _knob("label: recipe of each row whose networks the page beside others merges")
@@ -278,7 +278,8 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
 
 def _against(p: Params) -> Iterator[str]:
     """Why these parameters can't be used."""
-    needed = {0: (BASELINE, TRAINED, ALONE, DISJOINT, RANDOM), 5: ()}.get(p.only_page, (BASELINE, TRAINED))
+    needed = (BASELINE, ALONE, DISJOINT, RANDOM)
+    needed = {0: (*needed, TRAINED), 4: needed, 5: ()}.get(p.only_page, (BASELINE, TRAINED))
     yield from (f"'rows' lacks '{each}', which the findings compare" for each in needed if each not in p.rows)
     slugs = {}
     for label in p.methods:

@@ -13,13 +13,15 @@ def queue(study: Study) -> list[RunConfig]:
     both = [network for a, b in pairs for network in ((a, b, "main"), (b, a, "support"))]
     wanted = [(m, s, both) for m in p.rows for s in p.seeds_of(m)]
     found, cases = [], []
-    if not p.only_page:
+    if p.only_page in (0, 4):
+        wanted += [(m, s, mains) for m in p.rows for s in p.seeds_of(m) if p.method(m).protocol != "sequential"]
         wanted += [(DISJOINT, s, [*measure.thirds(p).values()]) for s in p.seeds_of(DISJOINT)]
         wanted += [(m, s, measure.joining(p)) for m in (RANDOM, DISJOINT) for s in measure.joined_seeds(p, m)]
-        wanted += [(ALONE, 0, ["mnist stand-in", "svhn stand-in"])]
         wanted += [(m, s, mains) for m in (RANDOM, ALONE, *p.parts_with("random")) for s in p.choice_seeds_of(m)]
         loud = (DISJOINT, *p.parts_with("disjoint"))
         wanted += [(m, s, [*mains, measure.NEITHER]) for m in loud for s in p.choice_seeds_of(m)]
+    if not p.only_page:
+        wanted += [(ALONE, 0, ["mnist stand-in", "svhn stand-in"])]
         cases += measure.ceilings(study, *mains)
     if p.only_page in (0, 5):
         cases += (case for each in beside.all_cases(study) for case in each)
