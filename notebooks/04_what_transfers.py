@@ -184,7 +184,8 @@ tables.shown(part_table, marked=[RANDOM])
 # The switches of each row that are not at their default (what each means: {class}`Method <weightsum_lib.Method>`):
 
 # %% tags=["hide-input"]
-switch_table = tables.switch_table({m: p.method(m) for m in (RANDOM, ALONE, DISJOINT, *p.parts)})
+switches = [(m, ", ".join(p.method(m).in_words())) for m in (RANDOM, ALONE, DISJOINT, *p.parts)]
+switch_table = pd.DataFrame(switches, columns=["Method", "Switches"])
 switch_table.style.hide(axis="index").set_properties(**{"text-align": "left"})
 
 # %% [markdown]

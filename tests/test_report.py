@@ -165,12 +165,12 @@ def test_verdict_follows_the_numbers(before, after, words):
 
 def test_the_finding_on_a_pair_turns_with_the_numbers(pairs):
     text = findings.of_pair(on_mnist(pairs), "yes", "MNIST")
-    assert text.startswith("Trained to be added, the sum keeps the skill: it reads 97.5") and "already" not in text
+    assert text.startswith("Trained to be added, the sum keeps the skill: it reads 97.5") and "alone? yes)" in text
     assert "trained apart loses the skill: 13.0" in text
     worse = tables.wide(PAIRS.assign(accuracy=PAIRS["accuracy"].where(PAIRS["network"] != "sum", 15.0)), OWN)
     text = findings.of_pair(on_mnist(worse), "no", "MNIST")
-    assert "already worse before the sum" in text and "the sum loses the skill" in text
-    assert "is undecided" in findings.of_pair(on_mnist(pairs), "undecided", "MNIST") and "Fine-tuned" not in text
+    assert "alone? no)" in text and "the sum loses the skill" in text
+    assert "alone? undecided)" in findings.of_pair(on_mnist(pairs), "undecided", "MNIST") and "Fine-tuned" not in text
     tuned = on_mnist(pairs).rename({"independent": "sequential, from the sum", "joint ce": "sequential, from θ_main"})
     text = findings.of_pair(pd.concat([on_mnist(pairs), tuned]), "yes", "MNIST")
     assert "Fine-tuned for equally many steps, that sum reads 13.0" in text and "its MNIST network 97.5" in text
@@ -234,9 +234,7 @@ def test_the_price_is_what_a_twin_of_the_same_seed_can_do_more():
 
 def test_the_switches_of_a_row_are_those_that_are_not_at_their_default():
     method = Method(protocol="joint", keys="random", quiet=1.0, network_width=0.25, sum_width=4.0, seeds=1)
-    assert tables.switch_table({"sparse": method}).values.tolist() == [
-        ["sparse", "joint, quiet 1.0, keys random, network_width 0.25, sum_width 4.0"]
-    ]
+    assert method.in_words() == ["joint", "quiet 1.0", "keys random", "network_width 0.25", "sum_width 4.0"]
 
 
 def test_parts_are_compared_with_the_recipe_seed_by_seed():
@@ -430,7 +428,7 @@ def _figures():
         "curves": plots.curves({"joint ce": HISTORY, "random keys": HISTORY}, "MNIST", "CIFAR-10", "message"),
         "layers": plots.layers(LAYERS, LAYERS, "message"),
         "plane": plots.plane({"joint ce": grid}, ("mnist", "svhn"), "message"),
-        "policies": plots.policies({"MNIST": policies}, ["by_owner", "union", "per_task"], "message"),
+        "policies": plots.policies({"MNIST": policies}, ["per_task", "union"], "message"),
         "why": plots.why(LAYERS, summary, "message"),
         "curve": plots.kept_by_share(curves, "message"),
         "by_layer": plots.lost_by_layer(layers.rename({long: "classifier.fc1"}), "message"),
@@ -460,7 +458,8 @@ def test_figures_have_a_message_and_axes_with_units_and_n(figures):
     ]
     assert figures["layers"].axes[0].get_ylabel() == "‖W_main‖ / ‖W_support‖"
     assert "coefficient of θ of MNIST" in figures["plane"].axes[0].get_ylabel()
-    assert [t.get_text() for t in figures["policies"].axes[0].get_xticklabels()] == ["by\nowner", "union", "per\ntask"]
+    shown = [t.get_text() for t in figures["policies"].axes[0].get_xticklabels()]
+    assert shown == ["union"]  # none that no row has
     label = figures["curve"].axes[0].get_xlabel()
     assert "share of the sum's channels" in label and "n = 2 seeds, bars: 95 % interval" in label
     assert [t.get_text() for t in figures["curve"].axes[0].get_xticklabels()] == ["1/2", "1/8", "1/128"]
@@ -572,7 +571,7 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     measuring = sum({k: v for each in of for k, v in each["measuring_seconds"].items()}.values())
     values = json.loads((tmp_path / "book" / "published" / "headline.json").read_text(encoding="utf-8"))["values"]
     times = f"{len(runs)} runs took {sum(runs.values()) / 60:,.1f} minutes of one process to train"  # each once
-    assert values["times"] == f"{times} and {measuring / 60:,.1f} to test, others beside it"
+    assert values["times"] == f"{times}, {measuring / 60:,.1f} to test, others beside it"
     page.write_headline(tmp_path / "book" / "published", tmp_path / "again")
     again = json.loads((tmp_path / "again" / "headline.json").read_text(encoding="utf-8"))["tables"]
     assert again["answer"] == made["answer"] and again["data"] == made["data"]

@@ -228,14 +228,13 @@ def _name(device: torch.device) -> str:
     return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
 
 
-def write(steps: pd.DataFrame, content: dict, folder: Path, earlier: dict | None = None) -> Path:
+def write(steps: pd.DataFrame, content: dict, folder: Path, earlier: dict | None = None) -> None:
     """Write ``bench.json`` and its figure; devices that an ``earlier`` measurement has, and this one not, are kept."""
     rows = content["tables"]["devices"]["rows"]
     rows += [row for row in (earlier or content)["tables"]["devices"]["rows"] if row[:2] != rows[0][:2]]
     store.write_json(folder / "bench.json", content)
     plots.use_style()
     plots.save(plots.speed(steps, content["values"]["device"]), folder / "bench.png")
-    return folder / "bench.json"
 
 
 def main(device: str) -> None:
@@ -254,9 +253,9 @@ def main(device: str) -> None:
     settings = [replace(config, width=width, batch_size=size) for width in widths for size in (128, 512)]
     steps, content = measure(settings, device)
     folder = store.ROOT / params.read("quick").results_dir
-    path = write(steps, content, folder, store.read_json(run.standing(folder / "quick")["bench.json"]))
+    write(steps, content, folder, store.read_json(run.standing(folder / "quick")["bench.json"]))
     larger = scale.cluster(device.type)
     store.write_json(folder / "scale.json", larger)
     for name, table in (content["tables"] | larger["tables"]).items():
         print(f"\n{name}\n{pd.DataFrame(table['rows'], columns=table['columns']).to_string(index=False)}")
-    print(f"\n{content['values']['finding']}\n{path}")
+    print(f"\n{content['values']['finding']}\n{folder}")

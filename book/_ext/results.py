@@ -1,11 +1,13 @@
 """Sphinx extension: numbers, sentences and tables of the report come from ``<source>/results/<notebook>.json``.
 
 - role ``{result}`NOTEBOOK:key` `` or ``{result}`NOTEBOOK:key|.1f` `` puts in a value, a string as inline markup;
-- directive ``{result-table} NOTEBOOK:table`` (option ``caption``) puts in a table.
+- directive ``{result-table} NOTEBOOK:table`` (option ``caption``) puts in a table;
+- of a dataclass whose docstring doesn't name its fields the library's page lists them, with the help that they carry.
 
 What is missing is a warning that names the nearest known one, so that a build with ``-W`` fails, and shows in the page.
 """
 
+import dataclasses
 import difflib
 import json
 import re
@@ -124,8 +126,25 @@ class ResultTable(SphinxDirective):
         return row
 
 
+def list_fields(app, what, name, obj, options, lines):
+    """Put the fields of a dataclass below its docstring (``autodoc-process-docstring``, after napoleon)."""
+    if (
+        what != "class"
+        or not dataclasses.is_dataclass(obj)
+        or any(line.startswith((":param", ":ivar")) for line in lines)
+    ):
+        return
+    lines.append("")
+    for field in dataclasses.fields(obj):
+        kind = getattr(field.type, "__name__", str(field.type))
+        said = [field.metadata["help"], *filter(None, [field.metadata["rule"][1]])] if field.metadata else []
+        default = [] if field.default is dataclasses.MISSING else [f"default ``{field.default!r}``"]
+        lines.append(f":ivar {field.name}: ``{kind}``; {'; '.join([*said, *default])}".rstrip("; "))
+
+
 def setup(app):
-    """Register the role and the directive."""
+    """Register the role, the directive and the lists of fields."""
+    app.connect("autodoc-process-docstring", list_fields, priority=900)
     app.add_role("result", Result())
     app.add_directive("result-table", ResultTable)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -11,11 +11,6 @@ from weightsum_lib.report.tables import Interval, fraction, paired, title
 from weightsum_lib.study.params import ALONE, BASELINE, DISJOINT, RANDOM, TRAINED
 
 CHANCE = 10.0  # percent, ten classes
-_SACRIFICED = {
-    "yes": "",
-    "no": ", but one of its networks, or both, was already worse before the sum than one trained alone",
-    "undecided": "; whether its networks are as good before the sum as those trained alone is undecided",
-}
 
 
 def verdict(before: float, after: float) -> str:
@@ -101,14 +96,12 @@ def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
     plainly, recipe = (shares(rows, "kept", "Task 3", method, named=False) for method in (ALONE, RANDOM))
     alone, after = shares(rows, "before", "Task 3", BASELINE, named=False), shares(rows, "after", "Task 3", RANDOM)
     return (
-        f"Of a network and a CIFAR-10 network the sum keeps {apart} if the two were trained apart, {paired} if they "
-        f"were trained to be added{lost}. The sum of an MNIST and an SVHN network that never met keeps {strangers} if "
-        f"each was trained alone, {met_others} if each was trained to be added to another, {plainly} if they are small "
-        f"ones, trained plainly, in random channels of a wide sum, and {recipe} there by the recipe of this study. The "
-        "batch-norm statistics of these sums are set anew, from unlabelled training images.",
-        f"The recipe has a price: its networks are small and lie in a wider one. Their sum reads {after}, dense "
-        f"networks of full width, each trained alone, read {alone}. Who has both datasets can train one network on "
-        "both instead.",
+        f"The sum of two networks, one of them for CIFAR-10, keeps {apart} if they were trained apart, {paired} if "
+        f"trained to be added{lost}. Of an MNIST and an SVHN network that never met it keeps {strangers} if each was "
+        f"trained alone, {met_others} if each to be added to another, {plainly} if they are small and lie in random "
+        f"channels of a wide sum, {recipe} there by this study's recipe. Batch norm is set on unlabelled images.",
+        f"The recipe has a price: its networks are small and lie in a wider one. Their sum reads {after}, dense ones "
+        f"of full width, each alone, {alone}. Who has both datasets can train one network on both instead.",
     )
 
 
@@ -124,13 +117,12 @@ def of_pair(summary: pd.DataFrame, counted: str, task: str) -> str:
     starts = {"sum reads": "the sum", f"its {task} network": "θ_main", "random weights": "random weights"}
     reads = {words: summary["after"].get(f"sequential, from {start}") for words, start in starts.items()}
     tuned = ", ".join(f"{words} {cell} %" for words, cell in reads.items() if cell)
+    tuned = f" Fine-tuned for equally many steps, that {tuned}." * bool(tuned)
     trained = "In the one seed, trained" if together["after"].n == 1 else "Trained"
     return (
         f"{trained} to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
-        f"network alone reads {together['before']} %{_SACRIFICED[counted]}. The sum of two networks that were trained "
-        f"apart {verdict_of(apart)}: {apart['after']} %."
-        + f" Fine-tuned for equally many steps, that {tuned}."
-        * bool(tuned)
+        f"network alone reads {together['before']} % (are both networks as good before the sum as those trained alone? "
+        f"{counted}). The sum of two that were trained apart {verdict_of(apart)}: {apart['after']} %.{tuned}"
     )
 
 
@@ -153,8 +145,8 @@ def of_strangers(summary: pd.DataFrame, counted: Mapping[str, str]) -> str:
     return (
         f"{kept} The worst draw of the random keys keeps {worst} %. With the classes of SVHN renamed, so that neither "
         f"network helps the other, dense ones that were trained to be added read {dense} in the sum, those under "
-        f"random keys {keyed}. Are the networks as good before the sum as dense ones of their size that were trained "
-        f"alone? By the recipe: {counted[RANDOM]}; under disjoint keys: {counted[DISJOINT]}."
+        f"random keys {keyed}. Are both networks as good before the sum as dense ones of their size, trained alone? By "
+        f"the recipe: {counted[RANDOM]}; under disjoint keys: {counted[DISJOINT]}."
     )
 
 

@@ -50,14 +50,13 @@ def write_headline(folder: Path, target: Path) -> None:
     made = [content["provenance"] for content in found.values()]
     last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
     measured = {at: each for of in made for at, each in of["measuring_seconds"].items()}
-    minutes = [f"{sum(of.values()) / 60:,.1f}" for of in (runs, measured)]
     data = {name: about for of in made for name, about in of["data"].items()}
     tables = {"answer": _answer(kinds), "claims": _claims(found), "data": _data(data)}
     tables["headline"] = table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"])
     values = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
     values["answer"], values["price"] = answer(rows, found)
-    took = f"took {minutes[0]} minutes of one process to train and {minutes[1]} to test, others beside it"
-    values["times"] = f"{len(runs)} runs {took}"
+    train, test = (f"{sum(of.values()) / 60:,.1f}" for of in (runs, measured))
+    values["times"] = f"{len(runs)} runs took {train} minutes of one process to train, {test} to test, others beside it"
     for name in params.STANDING:
         if alone := store.read_json(target / f"{name}.json"):
             values[f"{name}_notice"] = _run_notice(alone["provenance"])
@@ -103,8 +102,7 @@ def _claims(found: Mapping[str, dict]) -> pd.DataFrame:
     lines = []
     for says, bounds in params.claims().items():
         page, _, key = bounds.pop("value").partition(":")
-        cell = found.get(page, {}).get("intervals", {}).get(key)
-        cell = cell and Interval(**cell)
+        cell = (at := found.get(page, {}).get("intervals", {}).get(key)) and Interval(**at)
         target = f"≥ {bounds['at_least']:g}" if "at_least" in bounds else f"≤ {bounds['at_most']:g}"
         lines.append([says, target, *((f"{cell:.2f}", cell.n) if cell else "––"), judge(cell, **bounds)])
     return pd.DataFrame(lines, columns=["Claim", "Target", "Found (95 % interval)", "n", "Verdict"])

@@ -206,9 +206,9 @@ def policies(shown: Mapping[str, pd.Series], names: Sequence[str], message: str)
     methods = next(iter(shown.values())).index.unique("method")
     figure, ((*panels,),) = _panels(len(shown), (9, 1.6 + 0.38 * len(methods)), sharey=True)
     for axes, (heading, cells) in zip(panels, shown.items(), strict=True):
-        means = cells.map(lambda cell: cell.mean).unstack("policy")
-        means = means.reindex(index=methods, columns=[name for name in names if name in means])
-        means.columns = [name.replace("_", "\n") for name in names]
+        means = cells.map(lambda cell: cell.mean).unstack("policy").reindex(methods)
+        means = means[[name for name in names if name in means]]
+        means.columns = [name.replace("_", "\n") for name in means]
         look = {"vmin": 0, "vmax": 100, "cmap": "cividis", "cbar": False, "yticklabels": False}
         sns.heatmap(means, ax=axes, annot=True, fmt=".0f", **look)
         axes.set(title=heading, xlabel="", ylabel="")
@@ -303,8 +303,7 @@ def capacity(rows: pd.DataFrame, law: Callable, message: str) -> Figure:
         message: what the figure says.
     """
     figure, ((left, right),) = _panels(2, (9, 4.6))
-    means = rows.groupby(["method", "share", "networks"], sort=False)[["kept", "kept_of_ensemble"]].mean()
-    means = means.reset_index()
+    means = rows.groupby(["method", "share", "networks"], sort=False)[["kept", "kept_of_ensemble"]].mean().reset_index()
     of_k, random = means["share"].map(fraction), means["method"] == RANDOM
     means["line"] = means["method"].where(~random, RANDOM + ", k = " + of_k)
     means["others"] = (means["networks"] - 1) * means["share"]

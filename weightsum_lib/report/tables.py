@@ -15,7 +15,7 @@ from pandas.io.formats.style import Styler
 from scipy import special, stats
 
 from weightsum_lib.study import store
-from weightsum_lib.study.params import CLAIMS, DATASETS, Method, slug
+from weightsum_lib.study.params import CLAIMS, DATASETS, slug
 
 pd.set_option("styler.format.escape", "html")  # a row may be called anything
 # role of a network where a task is tested; "before" and "other" follow from what is tested
@@ -266,12 +266,6 @@ def layer_table(layers: pd.DataFrame) -> pd.DataFrame:
     of_method = layers.groupby("method", sort=False)[list(columns)]
     found = of_method.agg(lambda of: f"{Interval(of.median(), of.min(), of.max(), len(of)):.2f}")
     return found.reset_index().rename(columns={"method": "Method", **columns})
-
-
-def switch_table(methods: Mapping[str, Method]) -> pd.DataFrame:
-    """The switches of some rows that are not at their default, in words."""
-    shown = [(label, ", ".join(method.in_words())) for label, method in methods.items()]
-    return pd.DataFrame(shown, columns=["Method", "Switches"])
 
 
 def data_notice(described: Mapping[str, dict]) -> str:

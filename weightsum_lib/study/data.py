@@ -103,7 +103,8 @@ def load(
         standin_dir: where generated stand-ins are kept.
 
     Raises:
-        DataError: the prepared file is damaged, or the dataset can't be had and no stand-in is allowed.
+        DataError: no dataset has that name, the prepared file is damaged, or the dataset can't be had and no stand-in
+            is allowed.
     """
     _check(name)
     path, source = Path(data_dir) / f"{name}.safetensors", "real"

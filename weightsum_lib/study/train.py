@@ -33,7 +33,8 @@ _UNPRUNED = 0.1  # of the weights of a layer that is pruned
 
 @dataclass
 class Run:
-    """A finished run: its networks by role ("main", "support") in evaluation mode, and a row for each epoch."""
+    """A finished run: its networks by role ("main", "support") in evaluation mode, and a row for each epoch, with the
+    columns that :func:`train` names."""
 
     config: RunConfig
     networks: dict[str, nn.Module]
