@@ -144,6 +144,7 @@ def list_fields(app, what, name, obj, options, lines):
 
 def setup(app):
     """Register the role, the directive and the lists of fields."""
+    app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", list_fields, priority=900)
     app.add_role("result", Result())
     app.add_directive("result-table", ResultTable)
