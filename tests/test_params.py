@@ -14,7 +14,7 @@ from weightsum_lib.run import NOTEBOOKS, notebook_names
 from weightsum_lib.study import params
 from weightsum_lib.study.params import DISJOINT, RANDOM, SHARED, TRAINED, Method, ParamsError
 
-PROFILES = ["smoke", "quick", "evening", "literal", "residual", "deep", "deep-recipe", "day", "full"]
+PROFILES = ["smoke", "quick", "evening", "literal", "residual", "deep", "deep_recipe", "day", "full"]
 KEYED = {"protocol": "joint", "third": "ce", "network_width": 0.25}
 ROWS = {"independent": None, "joint ce": None, "random keys": None, "disjoint keys": None, "keys alone": None}
 
