@@ -24,7 +24,7 @@
 # | Multi-input network or weight sharing? | neither: a third network whose weights are a *function* of two others | below |
 # | What is the third term? | it has several readings; the simplest is the plain cross-entropy of the sum; profiles with more rows than `quick` hold the others against it (task 1) | table below |
 # | Is it meta-learning? | a relative: it asks for weights that still work *after* a change of weights | below |
-# | Is it a good idea? | for a pair trained together the sum keeps the task that the third term names, or most of it, and may lose the other; one network trained on both tasks is simpler, where both datasets can be had; two that never met lose most if they are added as they are, and far less if they were trained for it and get room | tasks 1 to 3, next pages |
+# | Is it a good idea? | for a pair trained together the sum keeps the task that the third term names, or most of it, and may lose the other; one network trained on both tasks is simpler, where both datasets can be had; two that never met and started apart lose most if they are added as they are, less if they are small and get room, least if they were trained for it too | tasks 1 to 3, next pages |
 # | Similar examples? | model soups, task arithmetic, superposition of models and others | bibliography below |
 #
 # Everything here runs in seconds, on two untrained networks and a few images of the synthetic stand-in for SVHN; the
@@ -95,7 +95,7 @@ optimizer.step()
 # (as after SWA, Izmailov et al. 2018), for the network before the sum and after it alike. Exceptions are networks
 # that share no channel (disjoint keys, [task 3](03_mnist_svhn)), or almost none (very sparse ones,
 # [the recipe](04_what_transfers)): there each channel's statistics are its owner's, and
-# adding them is right. Two scales γ near 1 add up to 2, so networks under keys store the deviation from 1.
+# adding them is right. Two scales γ near 1 add up to 2, so networks that are trained for keys store the deviation from 1.
 
 # %%
 for network in (theta_m, theta_c):

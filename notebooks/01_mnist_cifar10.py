@@ -48,7 +48,8 @@ sums = every_policy.xs("per_task", level="policy")
 summary = tables.summarize(sums, ["method", "tested"])
 on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))
 MARGINS = {MAIN: 1.0, SUPPORT: 3.0}  # points that a network may be worse than alone, and still count
-finding = findings.of_pair(on_main, findings.counts(sums, TRAINED, BASELINE, MARGINS), main_title)
+counted = findings.counts(sums, TRAINED, BASELINE, MARGINS)
+finding = findings.of_pair(on_main, sums.xs(MAIN, level="tested"), counted, main_title)
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
@@ -60,7 +61,8 @@ plots.examples(shown, "What the networks see: a test image of each class", p.in_
 #
 # Each row is one way to make the pair. *Before* is θ_main alone on MNIST, *after* is the network with the
 # weights θ_main + θ_support, on the same test images. Both have their batch-norm statistics re-estimated on the
-# same unlabelled training images of MNIST (policy `per_task`). The control is θ_support on MNIST.
+# same unlabelled training images of MNIST (policy `per_task`). The control is θ_support on MNIST, under
+# statistics of its own task.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Test accuracy on the main task before and after the sum, and of the support network there, one line for each method; the dotted line is chance. The table below holds the same numbers."}}
 after = on_main["after"]
@@ -72,6 +74,9 @@ main_table = tables.table(on_main, ["before", "after", "gap", "kept", "other"])
 tables.shown(main_table, marked=[BASELINE, TRAINED])
 
 # %% [markdown]
+# In brackets, here and on all pages, stands the 95 % interval over n seeds; one seed has none. *Kept* is after over
+# before, of which chance alone keeps about a tenth.
+#
 # `sequential` changes the summed weights, so its network is no longer θ_main + θ_support. Its two other rows are the
 # controls: as many fine-tuning steps from θ_main, and from random weights. Where random weights do as well, the sum
 # has contributed nothing.
@@ -82,7 +87,8 @@ tables.shown(main_table, marked=[BASELINE, TRAINED])
 # A small gap is worth nothing if θ_support was sacrificed for it, or if θ_support could do MNIST anyway (the control
 # above). So here is θ_support on its own task, and the sum there. A method *counts* if neither of its networks is worse
 # before the sum than one of its size that was trained alone for as many steps, by more than 1 point (CIFAR-10:
-# 3 points); `independent`, of whatever width, is its own measure. The control here is θ_main on CIFAR-10.
+# 3 points): yes or no where the whole interval of the paired difference says so, else undecided, as all is with one
+# seed; `independent`, of whatever width, is its own measure. The control here is θ_main on CIFAR-10.
 
 # %% tags=["hide-input"]
 pairs = on_support.loc[[m for m in on_support.index if m in p.rows]]  # sequential ones are those of `independent`
@@ -114,9 +120,9 @@ ends = f"the sum ends at {last['val_sum']:.1f} % and θ_main at {last['val_main'
 plots.curves(histories, main_title, support_title, f"Under “{TRAINED}” {ends} (seed 0)")
 
 # %% [markdown]
-# The curves use the validation split, of networks alone under the running batch-norm statistics of training, of the sum
-# under statistics re-estimated on 500 training images of the tested task; seed 0. Where keys are used the third term is
-# of both tasks' images, added.
+# Accuracies are of the validation split, of networks alone under the running batch-norm statistics of training, of the
+# sum under statistics re-estimated on 500 training images of the tested task; seed 0. Where keys are used the third
+# term is of both tasks' images, added.
 #
 # ## Is it only the norm?
 #

@@ -89,6 +89,7 @@ def test_one_of_the_two_stands_there_alone_chosen_on_validation_images(study, fr
     members = cases(study, "mnist", ALONE)[0][beside.ENSEMBLE][0].what.members
     (candidates,) = (each for each in beside._cases(study, "mnist", ALONE, 0) if each[0].network == beside.ONE)
     assert [case.what.members for case in candidates] == [(member,) for member in members]
+    assert all(beside._chosen_on(case) == ("mnist",) for case in candidates)
     found = []
     for case in candidates:
         by_split = (measure.frame(study, [replace(case, split=split, tested=("mnist",))]) for split in ("val", "test"))

@@ -3,11 +3,14 @@
 import json
 import re
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from sphinx.application import Sphinx
 from sphinx.util.docutils import docutils_namespace, patch_docutils
+
+from weightsum_lib import Method
 
 EXTENSION = Path(__file__).parent.parent / "book" / "_ext"
 RESULTS = {
@@ -118,3 +121,18 @@ def test_a_page_is_built_again_when_its_results_change(book):
     book.results.write_text(json.dumps({"values": {"seeds": 777}}), encoding="utf-8")
     text, _, _ = book()
     assert "777" in text
+
+
+def test_the_fields_of_a_dataclass_are_listed_with_their_help_unless_its_docstring_names_them(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXTENSION))
+    import results
+
+    lines = ["One row."]
+    results.list_fields(None, "class", "Method", Method, None, lines)
+    (quiet,) = (line for line in lines if line.startswith(":ivar quiet:"))
+    assert "how loudly each network" in quiet and "from 0 to 1000" in quiet and "default ``0.0``" in quiet
+    assert sum(line.startswith(":ivar") for line in lines) == len(fields(Method))
+    for what, obj, said in (("class", Method, [":param quiet: told"]), ("function", Method, []), ("class", dict, [])):
+        told = list(said)
+        results.list_fields(None, what, "", obj, None, told)
+        assert told == said

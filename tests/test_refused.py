@@ -68,7 +68,7 @@ def test_a_dataset_that_is_neither_there_nor_allowed_stops_at_once(tree):
     assert failed.returncode == 2 and "no SVHN" in failed.stderr and "allow_standin: [svhn]" in failed.stderr
 
 
-@pytest.mark.parametrize(("profile", "notebook"), [("literal", "01_mnist_cifar10"), ("residual", "05_beside_others")])
+@pytest.mark.parametrize(("profile", "notebook"), [("literal", "01_mnist_cifar10"), ("deep", "05_beside_others")])
 def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch, profile, notebook):
     kept = shutil.copytree(ROOT / "book" / "published", tmp_path / "published")
     before = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}

@@ -164,18 +164,32 @@ def test_verdict_follows_the_numbers(before, after, words):
 
 
 def test_the_finding_on_a_pair_turns_with_the_numbers(pairs):
-    text = findings.of_pair(on_mnist(pairs), "yes", "MNIST")
+    text = findings.of_pair(on_mnist(pairs), pairs, "yes", "MNIST")
     assert text.startswith("Trained to be added, the sum keeps the skill: it reads 97.5") and "alone? yes)" in text
     assert "trained apart loses the skill: 13.0" in text
     worse = tables.wide(PAIRS.assign(accuracy=PAIRS["accuracy"].where(PAIRS["network"] != "sum", 15.0)), OWN)
-    text = findings.of_pair(on_mnist(worse), "no", "MNIST")
+    text = findings.of_pair(on_mnist(worse), worse, "no", "MNIST")
     assert "alone? no)" in text and "the sum loses the skill" in text
-    assert "alone? undecided)" in findings.of_pair(on_mnist(pairs), "undecided", "MNIST") and "Fine-tuned" not in text
-    tuned = on_mnist(pairs).rename({"independent": "sequential, from the sum", "joint ce": "sequential, from θ_main"})
-    text = findings.of_pair(pd.concat([on_mnist(pairs), tuned]), "yes", "MNIST")
-    assert "Fine-tuned for equally many steps, that sum reads 13.0" in text and "its MNIST network 97.5" in text
+    assert (
+        "alone? undecided)" in findings.of_pair(on_mnist(pairs), pairs, "undecided", "MNIST")
+        and "Fine-tuned" not in text
+    )
+    starts = {"the sum": [13.0, 14.0, 15.0], "θ_main": [14.0, 16.0, 18.0], "random weights": [12.0, 12.0, 12.0]}
+    tuned = [
+        row
+        for start, after in starts.items()
+        for s in range(3)
+        for row in pair(f"sequential, from {start}", s, 98.0, after[s])
+    ]
+    rows = tables.wide(pd.concat([PAIRS, pd.DataFrame(tuned)]), OWN)
+    text = findings.of_pair(on_mnist(rows), rows.xs("mnist", level="tested"), "yes", "MNIST")
+    assert "Fine-tuned for as many steps, that sum reads 14.0" in text
+    assert "−2.0 (−4.5 to 0.5) points more (−: less) than its MNIST network" in text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "2.0 (−0.5 to 4.5) than random weights" in text.replace("\N{NO-BREAK SPACE}", " ")
     one = tables.wide(PAIRS[PAIRS["seed"] == 0], OWN)
-    assert findings.of_pair(on_mnist(one), "yes", "MNIST").startswith("In the one seed, trained to be added, the sum")
+    assert findings.of_pair(on_mnist(one), one, "yes", "MNIST").startswith(
+        "In the one seed, trained to be added, the sum"
+    )
 
 
 def test_what_counts_is_not_inferior_by_the_end_of_its_interval(pairs):
@@ -190,15 +204,25 @@ def test_what_counts_is_not_inferior_by_the_end_of_its_interval(pairs):
 def test_the_finding_on_strangers_says_what_each_kind_keeps():
     frame = [
         row
-        for m, k in (("independent", 0.3), ("joint ce", 0.2), ("random keys", 0.9), ("disjoint keys", 1))
+        for m, k in (
+            ("independent", 0.3),
+            ("joint ce", 0.2),
+            ("keys alone", 0.4),
+            ("random keys", 0.9),
+            ("disjoint keys", 1),
+        )
         for row in strangers(m, 0, kept=k)
     ]
-    frame += [row for row in strangers("random keys", 0, kept=0.8, draw=1) if row["network"] in ("sum", "renamed")]
+    for draw, each in ((1, {"mnist": 0.8, "svhn": 0.9}), (2, {"mnist": 0.9, "svhn": 0.7})):
+        drawn = [
+            row for n, k in each.items() for row in strangers("random keys", 0, kept=k, draw=draw) if row["tested"] == n
+        ]
+        frame += [row for row in drawn if row["network"] in ("sum", "renamed")]
     counted = {"random keys": "undecided", "disjoint keys": "yes"}
     text = findings.of_strangers(tables.summarize(tables.wide(pd.DataFrame(frame)), ["method", "tested"]), counted)
     for words in ("added to a CIFAR-10 network, the sum keeps 20.0 % of MNIST and 20.0 % of SVHN",
-                  "trained alone, the sum keeps 30.0 %", "trained by the recipe, the sum keeps 85.0 %",
-                  "added as they are, the sum keeps 100.0 %", "The worst draw of the random keys keeps 80.0 and 80.0 %",
+                  "trained alone, the sum keeps 30.0 %", "the recipe, the sum keeps 86.7 % of MNIST and 83.3 % of SVHN",
+                  "added as they are, the sum keeps 100.0 %", "for each task keeps 80.0 % of MNIST and 70.0 % of SVHN.",
                   "By the recipe: undecided; under disjoint keys: yes"):  # fmt: skip
         assert words in text
 
@@ -415,7 +439,8 @@ def _figures():
     curves = tables.summarize(lines.rename_axis(index={"method": "line"}), ["line", "share", "tested"])
     layers = tables.summarize(drawn.rename_axis(index={"method": "layer"}), ["layer", "tested"])
     several = pd.concat({n: lines.rename({long: "random keys"}) for n in (2, 3)}, names=["networks"])
-    policies = tables.summarize(rows, ["method", "policy", "tested"]).xs("mnist", level="tested")["after"]
+    policies = pd.concat([rows, rows.rename({"union": "by_owner"}, level="policy")])
+    policies = tables.summarize(policies, ["method", "policy", "tested"]).xs("mnist", level="tested")["after"]
     grid = {"coefficients": [0.0, 0.5, 1.0, 1.5], **dict.fromkeys(("mnist", "svhn"), np.eye(4).tolist())}
     steps = pd.DataFrame(
         {"setting": setting, "way": way, "label": way, "ratio_to_floor": Interval(1.1, 1.0, 1.2, 3)}
@@ -428,7 +453,7 @@ def _figures():
         "curves": plots.curves({"joint ce": HISTORY, "random keys": HISTORY}, "MNIST", "CIFAR-10", "message"),
         "layers": plots.layers(LAYERS, LAYERS, "message"),
         "plane": plots.plane({"joint ce": grid}, ("mnist", "svhn"), "message"),
-        "policies": plots.policies({"MNIST": policies}, ["per_task", "union"], "message"),
+        "policies": plots.policies({"MNIST": policies}, ["by_owner", "per_task", "union"], "message"),
         "why": plots.why(LAYERS, summary, "message"),
         "curve": plots.kept_by_share(curves, "message"),
         "by_layer": plots.lost_by_layer(layers.rename({long: "classifier.fc1"}), "message"),
@@ -459,7 +484,7 @@ def test_figures_have_a_message_and_axes_with_units_and_n(figures):
     assert figures["layers"].axes[0].get_ylabel() == "‖W_main‖ / ‖W_support‖"
     assert "coefficient of θ of MNIST" in figures["plane"].axes[0].get_ylabel()
     shown = [t.get_text() for t in figures["policies"].axes[0].get_xticklabels()]
-    assert shown == ["union"]  # none that no row has
+    assert shown == ["by\nowner", "union"]  # in their order, and none that no row has
     label = figures["curve"].axes[0].get_xlabel()
     assert "share of the sum's channels" in label and "n = 2 seeds, bars: 95 % interval" in label
     assert [t.get_text() for t in figures["curve"].axes[0].get_xticklabels()] == ["1/2", "1/8", "1/128"]

@@ -49,8 +49,8 @@ def check(p: Params) -> None:
 
     config.pick_device(p.device)
     for name in params.DATASETS:
-        folder = str(Path(p.results_dir) / "standins")
-        data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, folder)
+        folder = Path(p.results_dir, "standins")
+        data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, str(folder))
 
 
 _sha256 = functools.lru_cache(lambda path, size, changed: store.file_sha256(path))
@@ -58,8 +58,7 @@ _sha256 = functools.lru_cache(lambda path, size, changed: store.file_sha256(path
 
 def _digests(*paths: Path) -> dict[str, str]:
     """SHA-256 of those files that exist, by name."""
-    found = [(path, path.stat()) for path in paths if path.is_file()]
-    return {os.path.relpath(path, ROOT): _sha256(path, stat.st_size, stat.st_mtime_ns) for path, stat in found}
+    return {os.path.relpath(p, ROOT): _sha256(p, (s := p.stat()).st_size, s.st_mtime_ns) for p in paths if p.is_file()}
 
 
 _PARAMETERS = 'tags=["parameters"'  # of the cell below which a notebook's parameters are put in

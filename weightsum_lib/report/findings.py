@@ -101,23 +101,24 @@ def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
         f"trained alone, {met_others} if each to be added to another, {plainly} if they are small and lie in random "
         f"channels of a wide sum, {recipe} there by this study's recipe. Batch norm is set on unlabelled images.",
         f"The recipe has a price: its networks are small and lie in a wider one. Their sum reads {after}, dense ones "
-        f"of full width, each alone, {alone}. Who has both datasets can train one network on both instead.",
+        f"of the profile's width, each alone, {alone}. Who has both datasets can train one network on both instead.",
     )
 
 
-def of_pair(summary: pd.DataFrame, counted: str, task: str) -> str:
+def of_pair(summary: pd.DataFrame, rows: pd.DataFrame, counted: str, task: str) -> str:
     """What the sum does to the main task of a pair, in plain sentences.
 
     Args:
         summary: a row a method.
+        rows: the wide rows that it is of.
         counted: whether the pair trained together :func:`counts`.
         task: title of the main task.
     """
-    apart, together = summary.loc[BASELINE], summary.loc[TRAINED]
-    starts = {"sum reads": "the sum", f"its {task} network": "θ_main", "random weights": "random weights"}
-    reads = {words: summary["after"].get(f"sequential, from {start}") for words, start in starts.items()}
-    tuned = ", ".join(f"{words} {cell} %" for words, cell in reads.items() if cell)
-    tuned = f" Fine-tuned for equally many steps, that {tuned}." * bool(tuned)
+    apart, together, first, tuned = summary.loc[BASELINE], summary.loc[TRAINED], "sequential, from the sum", ""
+    if first in summary.index:
+        more = [paired(rows, first, f"sequential, from {start}", "after") for start in ("θ_main", "random weights")]
+        tuned = f" Fine-tuned for as many steps, that sum reads {summary['after'][first]} %, {more[0]} points more (−: "
+        tuned += f"less) than its {task} network would so, {more[1]} than random weights."
     trained = "In the one seed, trained" if together["after"].n == 1 else "Trained"
     return (
         f"{trained} to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
@@ -136,17 +137,18 @@ def of_strangers(summary: pd.DataFrame, counted: Mapping[str, str]) -> str:
     ways = {
         BASELINE: "Of dense networks that were trained alone",
         TRAINED: "Of dense networks that were each trained to be added to a CIFAR-10 network",
-        RANDOM: "Under random keys of which the networks know nothing, trained by the recipe",
+        ALONE: "Under random keys of which the networks know nothing, small ones that were trained plainly",
+        RANDOM: "Under such keys, trained by the recipe",
         DISJOINT: "Under disjoint keys, which are agreed on, the state dicts added as they are",
     }
     kept = " ".join(f"{words}, the sum keeps {_of_each(summary.loc[way, 'kept'])}." for way, words in ways.items())
-    dense, keyed = (_of_each(summary.loc[way, "renamed"]) for way in (TRAINED, RANDOM))
-    worst = " and ".join(f"{least:.1f}" for least in summary.loc[RANDOM, "worst"])
+    apart, dense, keyed = (_of_each(summary.loc[way, "renamed"]) for way in (BASELINE, TRAINED, RANDOM))
+    worst = " and ".join(f"{least:.1f} % of {title(name)}" for name, least in summary.loc[RANDOM, "worst"].items())
     return (
-        f"{kept} The worst draw of the random keys keeps {worst} %. With the classes of SVHN renamed, so that neither "
-        f"network helps the other, dense ones that were trained to be added read {dense} in the sum, those under "
-        f"random keys {keyed}. Are both networks as good before the sum as dense ones of their size, trained alone? By "
-        f"the recipe: {counted[RANDOM]}; under disjoint keys: {counted[DISJOINT]}."
+        f"{kept} The worst draw of random keys for each task keeps {worst}. With the classes of SVHN renamed, so that "
+        f"neither network helps the other, dense sums read {apart} if trained alone, {dense} if trained to be added, "
+        f"those under random keys {keyed}. Are both networks as good before the sum as dense ones of their size "
+        f"alone? By the recipe: {counted[RANDOM]}; under disjoint keys: {counted[DISJOINT]}."
     )
 
 

@@ -331,19 +331,19 @@ def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str,
         message: what the figure says.
     """
     ways, pairs = (list(summary.index.unique(level)) for level in ("way", "networks"))
-    figure, ((*panels,),) = _panels(len(tasks := summary.index.unique("task")), (5 + 2 * len(tasks), 7), sharey=True)
+    figure, ((*panels,),) = _panels(len(tasks := summary.index.unique("task")), (5 + 2 * len(tasks), 9), sharey=True)
     for axes, task in zip(panels, tasks, strict=True):
         rows = summary.xs(task, level="task")
         for pair, own in rows.groupby("networks", sort=False):
             mean, ends = _spread(own["after"])
-            own_ways = [ways.index(way) for way in own.index.get_level_values("way")]
             number, color = pairs.index(pair), AFTER if pair.startswith(ours) else BEFORE
+            own_ways = [ways.index(way) + 0.7 * number / len(pairs) - 0.3 for way in own.index.get_level_values("way")]
             look = {"fmt": _MARKERS[number % 8], "color": color, "mfc": "none" if number % 2 else color}
             axes.errorbar(mean, own_ways, xerr=ends, ms=7, alpha=0.8, label=pair, **look)
         for name, values in published.items() if task.startswith("cifar10") else ():
             axes.plot(list(values.values()), [ways.index(w) for w in values], "D", color="0.5", mfc="none", label=name)
-        best = max(cell.mean for (way, _), cell in rows["after"].items() if way.startswith("ensemble"))
-        axes.axvline(best, color="k", ls="--", lw=1, label="the best ensemble")
+        best = max(c.mean for (way, who), c in rows["after"].items() if way[:8] == "ensemble" and ", seen" not in who)
+        axes.axvline(best, color="k", ls="--", lw=1, label="the best ensemble (unseen)")
         axes.set(xlim=(0, 101), title=title(task), xlabel=f"all ten classes: test accuracy (%)\n{_n(rows)}")
         axes.set_yticks(range(len(ways)), ways)
         axes.set_ylim(len(ways) - 0.5, -0.5)

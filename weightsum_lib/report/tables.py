@@ -202,17 +202,17 @@ def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFra
     Args:
         rows: task 3's, as :func:`wide` gives them.
         twins: a method to the row of networks of its size, trained alone.
-        full: the row of networks of full width, trained alone.
+        full: the row of dense networks of the profile's width, trained alone.
 
     Returns:
         wide rows with ``before`` (percent), ``gap_full`` and ``gap_size`` (points: the twin's accuracy minus the
-        network's), for the seeds that the twins have too.
+        network's), for the seeds that the twins have too; ``gap_full`` is nan where the full row lacks one.
     """
     alone = rows["before"].xs("union", level="policy").groupby(["task", "seed", "tested", "method"], sort=False)
     alone = alone.first().unstack("method", sort=False)
     of_size = alone[[twins[method] for method in alone]].set_axis(alone.columns, axis=1)
     found = {"before": alone, "gap_full": -alone.sub(alone[full], axis=0), "gap_size": of_size - alone}
-    return pd.DataFrame({name: each.stack("method", future_stack=True) for name, each in found.items()}).dropna()
+    return pd.DataFrame({n: e.stack("method", future_stack=True) for n, e in found.items()}).dropna(subset="gap_size")
 
 
 def table(summary: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:

@@ -99,7 +99,7 @@ def frame(study: Study) -> pd.DataFrame:
     found = measure.frame(study, chosen).assign(weights=weights)
     told = found[found["network"] == SIGNS]
     told = told.groupby(["task", "method", "seed", "network"], as_index=False)[["accuracy", "weights"]].mean()
-    found = pd.concat([told.assign(tested=told["task"]), found])
+    found = pd.concat([found, told.assign(tested=told["task"])])
     return found.sort_values(["task", "tested"], kind="stable", ignore_index=True)
 
 
@@ -112,7 +112,7 @@ def _chosen(study: Study, choices: Sequence[list[Case]]) -> list[Case]:
 
 
 def _chosen_on(case: Case) -> tuple[str, ...]:
-    return tuple(name for name in case.tested if name not in case.what.tasks) or case.tested
+    return (case.task,) if case.task in case.tested else case.tested
 
 
 def mergers(study: Study, first: str, second: str) -> pd.DataFrame:
