@@ -257,7 +257,7 @@ def train(p: Params, only_plan: bool) -> None:
             print(f"{number:4d}  {hours:6.2f} h  {config.describe()}", flush=True)
         said = f"{len(missing)} of {len(queue)} runs are missing: {hours:.1f} hours, one after another"
         print(f"{said}; {study.at_once()} at once on {study.device_name()}")
-    elif subprocess.run(["git", "status", "-s", params.CLAIMS], cwd=params.PARAMS_DIR, capture_output=True).stdout:
+    elif subprocess.run(["git", "-C", params.CLAIMS.parent, "status", "-s", params.CLAIMS], capture_output=True).stdout:
         raise RunError("params/claims.yaml has changes: what a run is held to is committed before it is trained")
     else:
         study.train_all(queue)
