@@ -477,7 +477,7 @@ def server(monkeypatch):
     importlib.import_module("torchvision.datasets")  # which takes longer than the download may here
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Misbehaving) as server:
         server.asked, server.ended, server.handle_error = [], threading.Event(), lambda *args: None
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         for kind in ("http_proxy", "https_proxy"):
             monkeypatch.setenv(kind, f"http://127.0.0.1:{server.server_port}")
         monkeypatch.delenv("no_proxy", raising=False)
