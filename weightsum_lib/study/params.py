@@ -27,7 +27,7 @@ _NAMED = ("protocol", "third", "keys", "start", "network_width", "sum_width")  #
 _OF_ROWS = ("rows", "parts", "merged")  # knobs that hold a recipe for each label
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 CLAIMS = PARAMS_DIR / "claims.yaml"
-STANDING = ("literal", "residual", "deep")  # profiles whose one page stands in every report, under their name
+STANDING = ("literal", "deep_recipe", "residual", "deep")  # profiles whose one page stands in every report
 _TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
 _LABEL = re.compile(r"[^\W_](?:[\w ,.+/×=()-]{0,62}[\w.+)])?")
 
