@@ -13,10 +13,11 @@
 #
 # The question as it was asked: train θ_m on MNIST and θ_c on CIFAR-10, two networks of one architecture, so that the
 # network with the weights θ_m + θ_c does on MNIST what θ_m does alone. CIFAR-10 is there only to make θ_m survive a
-# sum. This notebook compares two networks that never met (`independent`), the asker's sketch (`sequential`: sum them,
-# then fine-tune the sum), and readings of the third term (`joint`). Further rows, in profiles that have them, are
-# networks from one start (`shared start`) and layers held at equal norms; and small networks under keys (task 3): a
-# pair under `random keys` shares half of its channels here (k = ½), with a stranger in task 3 far fewer (⅛).
+# sum; below, θ_m is θ_main and θ_c is θ_support. This notebook compares two networks that never met (`independent`),
+# the asker's sketch (`sequential`: sum them, then fine-tune the sum), and readings of the third term (`joint`). Further
+# rows, in profiles that have them, are networks from one start (`shared start`) and layers held at equal norms; and
+# small networks under keys (task 3): a pair under `random keys` shares half of its channels here (k = ½), with a
+# stranger in task 3 far fewer (⅛).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and

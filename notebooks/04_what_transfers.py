@@ -26,7 +26,8 @@
 #
 # What to expect is below: the whole curve over k, what each part is worth (not every step above is shown to be needed),
 # where the losses are, how many networks fit, and the price: the sum is wide, its networks are small, and who has
-# both datasets can train one network on both instead ([task 3](03_mnist_svhn)).
+# both datasets can train one network on both instead ([task 3](03_mnist_svhn)). A deeper network has
+# [a page of its own](deep_recipe).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -116,7 +117,7 @@ tables.shown(recipe_table)
 # What two keys have in common, layer by layer: the expected number of channels that both networks use. Of the sum's
 # weights that are not zero there are never more than its parents' together. Written out as a plain network of as
 # many channels as its keys have together at most, it has up to four times one network's, however wide the sum is; the
-# last column is its size.
+# last line is its size.
 
 # %% tags=["hide-input"]
 room = measure.room(study, RANDOM, BOTH, SHARES)

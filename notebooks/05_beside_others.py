@@ -52,8 +52,8 @@ study = Study(p)
 plots.use_style()
 found = beside.frame(study).rename(columns={"network": "way", "method": "networks", "accuracy": "after"})
 found["tested"] = found["tested"].str.partition(" ")[2].replace("", ALL)
-found = found.set_index(["task", "way", "networks", "tested", "seed"])[["after", "weights"]]
-summary = tables.summarize(found, ["task", "way", "networks", "tested"]).loc[p.halves]
+found = found.set_index(["task", "way", "networks", "tested", "seed"])
+summary = tables.summarize(found[["after", "weights"]], ["task", "way", "networks", "tested"]).loc[p.halves]
 of_all = summary.xs(ALL, level="tested")
 after, way = of_all["after"], of_all.index.get_level_values("way")
 by_seed = found["after"].groupby(found.index.names, sort=False).mean().xs(ALL, level="tested").unstack("seed")
@@ -98,10 +98,10 @@ plots.merged(of_all, OURS, {beside.PUBLISHED_NETWORK: beside.PUBLISHED}, f"The {
 # both halves (`union`), under random keys of each channel's owner (`by_owner`), in an ensemble and of one network alone
 # those of each network's own half (`own`); disjoint keys need no images (`summed`): their sum is the ensemble of its
 # two networks, but for statistics that are those of training. Where a way has coefficients (α and β of ZipIt!, λ of
-# Fisher, the scale of task arithmetic and TIES), validation images choose. The Fisher information is of up to 200
-# images a network.
+# Fisher, the scale of task arithmetic and TIES), validation images choose, for each pair anew (column *Chosen*). The
+# Fisher information is of up to 200 images a network.
 #
-# Sizes are fair where the *merged* networks are of one size: the last column counts the weights of the one network that
+# Sizes are fair where the *merged* networks are of one size: a column counts the weights of the one network that
 # are not zero, as a multiple of one of the two. An averaged network has one network's, that of a pruned pair too, since
 # from a shared start the zeros coincide; where channels are matched by activations, zipped or regressed (RegMean), its
 # zeros fill up. A zipped one of unpruned networks has as many or fewer, since a channel that is merged within one
@@ -120,6 +120,8 @@ plots.merged(of_all, OURS, {beside.PUBLISHED_NETWORK: beside.PUBLISHED}, f"The {
 # %% tags=["hide-input"]
 table = tables.table(summary, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
 table["Weights, × one network's"] = [f"{cell.mean:.2f}" for cell in summary.xs(ALL, level="tested")["weights"]]
+by_pair = found["chosen"].xs(ALL, level="tested").groupby(["task", "way", "networks"]).unique()
+table["Chosen"] = [" or ".join(by_pair[pair]) or "–" for pair in of_all.index]
 table["Task"] = table["Task"].map(tables.title)
 tables.shown(table, marked=["sum under random keys", "sum under disjoint keys"])
 

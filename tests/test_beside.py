@@ -116,6 +116,9 @@ def test_validation_images_choose_the_coefficients(study, frame, way):
     tested = measure.frame(study, [chosen])
     of_all = accuracy(frame, method=chosen.method, network=way, tested="mnist")
     assert accuracy(tested, tested="mnist") == of_all
+    told = frame[(frame["network"] == way) & (frame["method"] == chosen.method)]["chosen"]
+    assert set(told) == {", ".join(f"{c:g}" for c in chosen.what.coefficients[way == "ZipIt!" :])}
+    assert set(frame[frame["network"].isin(["average", beside.SIGNS, beside.ONE])]["chosen"]) == {""}
 
 
 def test_what_gets_most_validation_images_right_on_the_mean_of_the_tasks_is_chosen(study, monkeypatch):

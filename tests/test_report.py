@@ -277,8 +277,9 @@ def test_the_room_of_a_sum_is_told_layer_by_layer():
         for k in (1 / 32, 1 / 8) for name, n in (("conv1", 8), ("fc1", 512))
     ])  # fmt: skip
     shown = tables.room_table(room)
-    assert list(shown) == ["k", "conv1 (8)", "fc1 (512)", "Sum as its used channels (MiB)"]
-    assert shown.values.tolist() == [["1/8", "1", "64", "8.0"], ["1/32", "0.25", "16", "32.0"]]
+    assert list(shown) == ["Layer (channels)", "k = 1/8", "k = 1/32"]
+    sizes = ["Sum as its used channels (MiB)", "8", "32"]
+    assert shown.values.tolist() == [["conv1 (8)", "1", "0.25"], ["fc1 (512)", "64", "16"], sizes]
 
 
 def test_a_table_has_its_levels_first_tasks_side_by_side_and_n_last(pairs):

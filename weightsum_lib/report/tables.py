@@ -184,16 +184,16 @@ def against(rows: pd.DataFrame, baseline: str, columns: Sequence[str]) -> pd.Dat
 
 
 def room_table(room: pd.DataFrame) -> pd.DataFrame:
-    """The expected number of channels that two networks share, a line a share k, a column a layer; and the bytes.
+    """The expected number of channels that two networks share, a line a layer, a column a share k; and the bytes.
 
     Args:
         room: see :func:`weightsum_lib.study.measure.room`.
     """
     layer = room["layer"].str.rpartition(".")[2] + " (" + room["channels"].astype(str) + ")"
-    shown = room.assign(layer=layer).pivot(index="share", columns="layer", values="shared")[layer.unique()]
-    shown = shown.sort_index(ascending=False).map("{:.3g}".format)
-    shown["Sum as its used channels (MiB)"] = room.groupby("share")["used"].first().div(2**20).map("{:.1f}".format)
-    return shown.rename(index=fraction).rename_axis(index="k", columns=None).reset_index()
+    shown = room.assign(layer=layer).pivot(index="layer", columns="share", values="shared").loc[layer.unique()]
+    shown.loc["Sum as its used channels (MiB)"] = room.groupby("share")["used"].first().div(2**20)
+    shown = shown.sort_index(axis=1, ascending=False).rename(columns=lambda share: f"k = {fraction(share)}")
+    return shown.map("{:.3g}".format).rename_axis(index="Layer (channels)", columns=None).reset_index()
 
 
 def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFrame:

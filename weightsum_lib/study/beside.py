@@ -17,9 +17,8 @@ from weightsum_lib.study.sums import OWN, Member, Sum, alone, keyed, made
 HALVES = ("classes 0-4", "classes 5-9")
 _UNSEEN = {"mnist": "cifar10", "svhn": "cifar10", "cifar10": "svhn"}  # the partner that is not the other half
 _ZIPS = ((1e-4, 0.075), (0.3, 0.125), (1.0, 1.0))  # α and β: two pairs of the authors', and without bounds
-_STRANGER = "sum with random weights of the partner's norms"
-ENSEMBLE, SIGNS, PART = "ensemble of logits", "random signs, told the task", "ZipIt!, first ⅔ of the layers"
-ONE = "one of the two, alone"
+PART, _STRANGER = "ZipIt!, first ⅔ of the layers", "sum with random weights of the partner's norms"
+ENSEMBLE, SIGNS, ONE = "ensemble of logits", "random signs, told the task", "one of the two, alone"
 _WAYS = {  # how a network is made, the batch-norm policy, and the coefficients of which validation images choose
     "sum": ("plain", "union", [()]),
     "sum, first ⅓ of the layers": ("stacked", "union", [(1 / 3,)]),
@@ -54,8 +53,7 @@ def _cases(study: Study, halved: str, row: str, seed: int) -> Iterator[list[Case
     for said, partner in partners.items():
         networks = [(half, beside, "main") for half, beside in zip(halves, partner, strict=True)]
         pair = tuple(measure.members(study, row, networks, seed))
-        case = partial(Case, halved, row + said, seed)
-        tested = (halved, *halves)
+        case, tested = partial(Case, halved, row + said, seed), (halved, *halves)
         yield [case(ONE, alone(member), OWN, tested) for member in pair]
         yield from (each for each in _merged(case, pair, tested, m) if m.third == "none" or each[0].network == ENSEMBLE)
         if m.keys != "none":
@@ -88,18 +86,21 @@ def frame(study: Study) -> pd.DataFrame:
 
     The columns are those of :mod:`weightsum_lib.study.measure`: ``task`` is what is halved, ``method`` the networks
     that are merged and ``network`` the way. Tested are all ten classes, under the dataset's name, and each half.
-    ``weights``: how many of the merged network's are not zero, as a multiple of one network's weights. Who is told
-    the half of a test image has on all classes the mean of the halves.
+    ``weights``: how many of the merged network's are not zero, as a multiple of one network's weights; ``chosen``: the
+    coefficients that validation images chose (α and β of ZipIt!), where there was a choice. Who is told the half of a
+    test image has on all classes the mean of the halves.
     """
     cases = all_cases(study)
     study.train_all([member.config for candidates in cases for case in candidates for member in case.what.members])
     chosen = _chosen(study, cases)
     of_each = study.measured([measure.measurement(study, _weights, case.what) for case in chosen])
-    weights = [weights for case, weights in zip(chosen, of_each, strict=True) for _ in case.tested]
-    found = measure.frame(study, chosen).assign(weights=weights)
+    by = (c.what.coefficients[-2:] if len(each) > 1 else () for c, each in zip(chosen, cases, strict=True))
+    about = pd.DataFrame({"weights": of_each, "chosen": [", ".join(map("{:g}".format, each)) for each in by]})
+    about = about.loc[about.index.repeat([len(case.tested) for case in chosen])].reset_index(drop=True)
+    found = measure.frame(study, chosen).join(about)
     told = found[found["network"] == SIGNS]
     told = told.groupby(["task", "method", "seed", "network"], as_index=False)[["accuracy", "weights"]].mean()
-    found = pd.concat([found, told.assign(tested=told["task"])])
+    found = pd.concat([found, told.assign(tested=told["task"], chosen="")])
     return found.sort_values(["task", "tested"], kind="stable", ignore_index=True)
 
 
