@@ -121,7 +121,7 @@ plots.merged(of_all, OURS, {beside.PUBLISHED_NETWORK: beside.PUBLISHED}, f"The {
 table = tables.table(summary, ["after"]).rename(columns=lambda heading: heading.replace(": after the sum", ""))
 table["Weights, × one network's"] = [f"{cell.mean:.2f}" for cell in summary.xs(ALL, level="tested")["weights"]]
 by_pair = found["chosen"].xs(ALL, level="tested").groupby(["task", "way", "networks"]).unique()
-table["Chosen"] = [" or ".join(by_pair[pair]) or "–" for pair in of_all.index]
+table["Chosen"] = ["; ".join(by_pair[pair]) or "–" for pair in of_all.index]
 table["Task"] = table["Task"].map(tables.title)
 tables.shown(table, marked=["sum under random keys", "sum under disjoint keys"])
 
