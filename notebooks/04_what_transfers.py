@@ -290,7 +290,7 @@ tables.shown(loud_table, marked=[DISJOINT])
 # A network under a key is a small network, and quietness and strange partners take some of its capacity. Here is what
 # each does alone, before any sum, against a dense one of the profile's width (that of `independent`) and one of its own
 # size, both trained alone for as many steps (statistics of the own task's images), each on the seeds that both rows
-# have. What *counts* in the table of task 3 is the last of these: the whole interval below one point.
+# have. What *counts* in the table of [task 3](03_mnist_svhn) is the last of these: the whole interval below one point.
 
 # %% tags=["hide-input"]
 sums = tables.wide(measure.frame(study, measure.strangers(study, FIRST, SECOND)))

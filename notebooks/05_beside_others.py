@@ -98,8 +98,9 @@ plots.merged(of_all, OURS, {beside.PUBLISHED_NETWORK: beside.PUBLISHED}, f"The {
 # both halves (`union`), under random keys of each channel's owner (`by_owner`), in an ensemble and of one network alone
 # those of each network's own half (`own`); disjoint keys need no images (`summed`): their sum is the ensemble of its
 # two networks, but for statistics that are those of training. Where a way has coefficients (α and β of ZipIt!, λ of
-# Fisher, the scale of task arithmetic and TIES), validation images choose, for each pair anew (column *Chosen*). The
-# Fisher information is of up to 200 images a network.
+# Fisher, which weighs the network of classes 0-4, the scale of task arithmetic and TIES), validation images choose, for
+# each pair anew (column *Chosen*; a half is the average). Where they choose a λ of 0.1 or 0.9, Fisher averaging has given
+# up one of the two networks. The Fisher information is of up to 200 images a network.
 #
 # Sizes are fair where the *merged* networks are of one size: a column counts the weights of the one network that
 # are not zero, as a multiple of one of the two. An averaged network has one network's, that of a pruned pair too, since
@@ -122,6 +123,7 @@ table = tables.table(summary, ["after"]).rename(columns=lambda heading: heading.
 table["Weights, × one network's"] = [f"{cell.mean:.2f}" for cell in summary.xs(ALL, level="tested")["weights"]]
 by_pair = found["chosen"].xs(ALL, level="tested").groupby(["task", "way", "networks"]).unique()
 table["Chosen"] = ["; ".join(by_pair[pair]) or "–" for pair in of_all.index]
+assert list(table["Way"]) == list(way)  # line by line
 table["Task"] = table["Task"].map(tables.title)
 tables.shown(table, marked=["sum under random keys", "sum under disjoint keys"])
 

@@ -274,12 +274,12 @@ def test_parts_are_compared_with_the_recipe_seed_by_seed():
 def test_the_room_of_a_sum_is_told_layer_by_layer():
     room = pd.DataFrame([
         {"share": k, "layer": f"features.{name}", "channels": n, "room": n / k, "shared": n * k, "used": 2**20 / k}
-        for k in (1 / 32, 1 / 8) for name, n in (("conv1", 8), ("fc1", 512))
+        for k in (1 / 2048, 1 / 8) for name, n in (("conv1", 8), ("fc1", 512))
     ])  # fmt: skip
     shown = tables.room_table(room)
-    assert list(shown) == ["Layer (channels)", "k = 1/8", "k = 1/32"]
-    sizes = ["Sum as its used channels (MiB)", "8", "32"]
-    assert shown.values.tolist() == [["conv1 (8)", "1", "0.25"], ["fc1 (512)", "64", "16"], sizes]
+    assert list(shown) == ["Layer (channels)", "k = 1/8", "k = 1/2048"]
+    sizes = ["Sum as its used channels (MiB)", "8", "2,048"]
+    assert shown.values.tolist() == [["conv1 (8)", "1", "0.003906"], ["fc1 (512)", "64", "0.25"], sizes]
 
 
 def test_a_table_has_its_levels_first_tasks_side_by_side_and_n_last(pairs):

@@ -193,7 +193,7 @@ def room_table(room: pd.DataFrame) -> pd.DataFrame:
     shown = room.assign(layer=layer).pivot(index="layer", columns="share", values="shared").loc[layer.unique()]
     shown.loc["Sum as its used channels (MiB)"] = room.groupby("share")["used"].first().div(2**20)
     shown = shown.sort_index(axis=1, ascending=False).rename(columns=lambda share: f"k = {fraction(share)}")
-    return shown.map("{:.3g}".format).rename_axis(index="Layer (channels)", columns=None).reset_index()
+    return shown.map("{:,.4g}".format).rename_axis(index="Layer (channels)", columns=None).reset_index()
 
 
 def price(rows: pd.DataFrame, twins: Mapping[str, str], full: str) -> pd.DataFrame:

@@ -35,7 +35,7 @@ _WAYS = {  # how a network is made, the batch-norm policy, and the coefficients 
 }
 _FROM_A_START = {
     "task arithmetic": ("arithmetic", "union", [(0.3,), (0.5,), (0.7,), (1.0,)]),
-    "TIES": ("ties", "union", [(0.5,), (1.0,), (1.5,)]),
+    "TIES": ("ties", "union", [(0.3,), (0.5,), (0.7,), (1.0,), (1.5,)]),
     **{way: _WAYS[way] for way in ("average", "RegMean", "Fisher average", ENSEMBLE)},
 }
 # What others report of CIFAR-10 cut so (Stoica et al. 2024), percent of all ten classes; their targets are text.
@@ -94,10 +94,10 @@ def frame(study: Study) -> pd.DataFrame:
     study.train_all([member.config for candidates in cases for case in candidates for member in case.what.members])
     chosen = _chosen(study, cases)
     of_each = study.measured([measure.measurement(study, _weights, case.what) for case in chosen])
-    by = (c.what.coefficients[-2:] if len(each) > 1 else () for c, each in zip(chosen, cases, strict=True))
-    about = pd.DataFrame({"weights": of_each, "chosen": [", ".join(map("{:g}".format, each)) for each in by]})
-    about = about.loc[about.index.repeat([len(case.tested) for case in chosen])].reset_index(drop=True)
-    found = measure.frame(study, chosen).join(about)
+    tuned = (c.what.coefficients[-2:] if len(each) > 1 else () for c, each in zip(chosen, cases, strict=True))
+    about = pd.DataFrame({"weights": of_each, "chosen": [", ".join(map("{:g}".format, each)) for each in tuned]})
+    about = about.loc[about.index.repeat([len(case.tested) for case in chosen])]
+    found = measure.frame(study, chosen).assign(**about.to_dict("list"))
     told = found[found["network"] == SIGNS]
     told = told.groupby(["task", "method", "seed", "network"], as_index=False)[["accuracy", "weights"]].mean()
     found = pd.concat([found, told.assign(tested=told["task"], chosen="")])
