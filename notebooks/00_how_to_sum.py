@@ -22,7 +22,7 @@
 # | How do I sum the weights? | `WeightSum([a, b])`: the sum is computed in each forward pass, so gradients reach both | below |
 # | What about batch norm? | γ and β are summed like all weights; running statistics are estimated anew, unless the networks share (almost) no channel | below |
 # | Multi-input network or weight sharing? | neither: a third network whose weights are a *function* of two others | below |
-# | What is the third term? | it has several readings; the simplest is the plain cross-entropy of the sum; profiles with more rows than `quick` hold the others against it (task 1) | table below |
+# | What is the third term? | it has several readings; the simplest is the plain cross-entropy of the sum; profiles with more rows than `quick` hold the others against it (tasks 1 and 2) | table below |
 # | Is it meta-learning? | a relative: it asks for weights that still work *after* a change of weights | below |
 # | Is it a good idea? | for a pair trained together the sum keeps the task that the third term names, or most of it, and may lose the other; one network trained on both tasks is simpler, where both datasets can be had; two that never met and started apart lose most if they are added as they are, less if they are small and get room, least if they were trained for it too | tasks 1 to 3, next pages |
 # | Similar examples? | model soups, task arithmetic, superposition of models and others | bibliography below |

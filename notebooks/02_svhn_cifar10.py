@@ -76,6 +76,21 @@ tables.shown(main_table, marked=[BASELINE, TRAINED])
 # `sequential` changes the summed weights, so its network is no longer θ_main + θ_support. Its two other rows are the
 # controls: as many fine-tuning steps from θ_main, and from random weights. Where random weights do as well, the sum
 # has contributed nothing.
+#
+# ## Which third term?
+#
+# The other readings of the third term (in profiles that have them), held against `joint ce` seed by seed: how many
+# points more (−: less) θ_main reads alone, and how many the sum. Where θ_main's own answers have a part in the third
+# term (`signed_gap`, the letter of the question, `loss_gap`, `logit_difference`; `distill` holds them fixed) a gap can
+# also be closed from above, by making θ_main worse.
+
+# %% tags=["hide-input"]
+readings = [m for m in p.rows if p.method(m).third not in ("none", p.method(TRAINED).third)]
+on = sums.xs(MAIN, level="tested")
+against = [[m, *(f"{tables.paired(on, m, TRAINED, end):.2f}" for end in ("before", "after"))] for m in readings]
+columns = ["Method", f"θ_main alone, against {TRAINED} (points)", f"The sum, against {TRAINED} (points)"]
+reading_table = pd.DataFrame(against, columns=columns)
+tables.shown(reading_table) if readings else Markdown("This profile has no other.")
 
 # %% [markdown]
 # ## What the support network pays
@@ -163,6 +178,7 @@ tables.save(
     },
     {
         "before_after": main_table,
+        "readings": reading_table,
         "support": support_table,
         "policies": tables.table(policies, ["before", "after"]),
         "layers": layer_table,
