@@ -10,7 +10,7 @@ from pathlib import Path
 import jupytext
 import pytest
 
-from weightsum_lib.run import NOTEBOOKS, notebook_names
+from weightsum_lib.run import BOOK, NOTEBOOKS, notebook_names
 from weightsum_lib.study import params
 from weightsum_lib.study.store import PACKAGE
 
@@ -128,3 +128,14 @@ def test_every_question_that_was_asked_is_answered_in_so_many_words(asked, answe
     text = (NOTEBOOKS / "00_how_to_sum.py").read_text(encoding="utf-8")
     (row,) = [line for line in text.splitlines() if line.startswith(f"# | {asked} |")]
     assert answered in row
+
+
+def test_no_line_of_prose_is_taken_for_a_comment():
+    """MyST leaves out, without a word, a line of Markdown that begins with %."""
+    texts = {path.name: [path.read_text(encoding="utf-8")] for path in BOOK.glob("*.md")}
+    for name in notebook_names():
+        cells = jupytext.read(NOTEBOOKS / f"{name}.py").cells
+        texts[name] = [cell.source for cell in cells if cell.cell_type == "markdown"]
+    assert len(texts) > 10 and all(texts.values())
+    lines = [(name, line) for name, of in texts.items() for text in of for line in text.splitlines()]
+    assert not [at for at in lines if at[1].lstrip().startswith("%")]
