@@ -108,7 +108,7 @@ def test_an_iterator_is_refused(given):
         recalibrate(chain(), given)
 
 
-@pytest.mark.parametrize("given", [None, 3, ["an image"], [None]])
+@pytest.mark.parametrize("given", [None, 3, ["an image"], [None], [{"images": torch.ones(2, 3)}]])
 def test_what_holds_no_tensors_is_refused(given):
     with pytest.raises(TypeError):
         recalibrate(chain(), given)
@@ -246,11 +246,13 @@ def test_without_keys_all_images_count_whoever_owns_them(of_two):
 
 
 @pytest.mark.parametrize("owners", [[0] * 70, [0] * 69 + [1], [0] * 40 + [1] * 29, [-1] + [0] * 39 + [1] * 30,
-                                    [0] * 30 + [1] * 30 + [2] * 10])  # fmt: skip
+                                    [0] * 30 + [1] * 30 + [2] * 10, [0.0] * 40 + [1.0] * 30, [False] * 40 + [True] * 30,
+                                    []])  # fmt: skip
 def test_owners_that_dont_fit_are_refused(of_two, owners):
     networks, parts, _, _ = of_two
-    with pytest.raises(ValueError, match="one network number an image"):
-        recalibrate(WeightSum(networks), torch.cat(parts), torch.tensor(owners))
+    for given in (owners, torch.tensor(owners)):
+        with pytest.raises(ValueError, match="one network number an image"):
+            recalibrate(WeightSum(networks), torch.cat(parts), given)
 
 
 def test_owners_want_a_sum_and_a_tensor(of_two):

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -351,6 +352,42 @@ def test_what_happens_to_outputs_and_inputs_is_no_matter():
             return self.d(self.c(x + self.b(self.a(x).relu())).relu())
 
     assert hidden_channels(Residual(), torch.zeros(2, 3)).sizes == {"a": 5, "c": 6}
+
+
+@dataclass
+class Boxes:
+    at: torch.Tensor
+
+
+class Detector(nn.Module):
+    """Two outputs, the second not in a tuple or a dictionary."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.a, self.b, self.other = nn.Linear(3, 6), nn.Linear(6, 4), other
+
+    def forward(self, x):
+        hidden = self.a(x)
+        return self.b(hidden.relu()), self.other(hidden)
+
+
+def test_outputs_that_are_not_looked_into_and_casts_are_refused():
+    with pytest.raises(ValueError, match="returns a Boxes, in which no tensor is looked for; return tensors"):
+        hidden_channels(Detector(Boxes), torch.zeros(2, 3))
+    assert hidden_channels(Detector(lambda y: {"hidden": y, "n": 3}), torch.zeros(2, 3)).sizes == {}
+    with pytest.raises(ValueError, match="does not compute a random example in float64, on the CPU"):
+        hidden_channels(layers(nn.Linear(3, 6), Half(), nn.Linear(6, 4)), torch.zeros(2, 3))
+
+
+class Half(nn.Module):
+    def forward(self, x):
+        return x.half()
+
+
+def test_what_forward_has_kept_is_no_hindrance():
+    network = Detector(nn.Identity())
+    network.kept = network(torch.ones(2, 3))
+    assert hidden_channels(network, torch.zeros(2, 3)).sizes == {}
 
 
 def test_integer_examples_are_refused():

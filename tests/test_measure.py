@@ -169,7 +169,9 @@ def test_sums_of_strangers_and_their_controls(study, strangers):
     ensemble = percent(study, Ensemble(parents), "svhn")
     assert one(strangers, **about, policy="own", network="ensemble", tested="svhn") == ensemble
     renaming = torch.arange(10).roll(1)
-    renamed = percent(study, WeightSum([theta_m, relabelled(theta_s, renaming)]), "svhn renamed 1", both)
+    renamed = percent(
+        study, WeightSum([theta_m, relabelled(theta_s, renaming, torch.ones(2, 3, 32, 32))]), "svhn renamed 1", both
+    )
     assert one(strangers, **about, network="renamed", tested="svhn") == renamed
     assert strangers["confidence"].between(10, 100.001).all() and set(strangers["split"]) == {"test"}
 

@@ -77,7 +77,7 @@ def test_regmean_of_one_network_twice_is_that_network(images):
 
 
 def test_regmean_fits_each_networks_outputs_on_its_own_inputs_better_than_the_average():
-    a, b = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.nn.Sequential(torch.nn.Linear(6, 4))
+    a, b = torch.nn.Sequential(torch.nn.Linear(6, 4)).eval(), torch.nn.Sequential(torch.nn.Linear(6, 4)).eval()
     xs = [
         torch.randn(200, 6) * scale
         for scale in (torch.tensor([3.0] * 3 + [0.1] * 3), torch.tensor([0.1] * 3 + [3] * 3))
@@ -109,10 +109,10 @@ def test_a_network_with_renamed_classes_is_one_trained_on_renamed_labels(dataset
     d = datasets["mnist"]
     labels = {f"{s}_labels": renaming[getattr(d, f"{s}_labels")] for s in ("train", "val", "test")}
     trained = train(config, datasets).networks["main"]
-    start = merging.relabelled(build(config), renaming)
+    start = merging.relabelled(build(config).eval(), renaming, X)
     monkeypatch.setattr("weightsum_lib.study.train.build", lambda *_: copy.deepcopy(start))
     other = train(config, {"mnist": Dataset(**{**vars(d), **labels})}).networks["main"]
-    renamed = merging.relabelled(trained, renaming)
+    renamed = merging.relabelled(trained, renaming, X)
     for name, p in other.named_parameters():
         torch.testing.assert_close(p, renamed.get_parameter(name), rtol=1e-3, atol=1e-5)
     assert not torch.equal(trained.classifier.fc3.weight, renamed.classifier.fc3.weight)
@@ -164,9 +164,9 @@ def test_zipit_and_activations_find_a_permuted_copy(arch, width):
     assert [tuple(m.shape) for m in onto.values()] == [(n, 2 * n) for n in channels.sizes.values()]
     first = dict(list(onto.items())[: len(onto) // 2])
     for groups in (onto, first):
-        assert computes(merging.fold([a, shuffled], channels, groups), 2 * function)
+        assert computes(merging.fold([a, shuffled], channels, groups, x), 2 * function)
     in_place = {group: torch.eye(n).repeat(1, 2) / 2 for group, n in channels.sizes.items()}
-    assert not computes(merging.fold([a, shuffled], channels, in_place), 2 * function)
+    assert not computes(merging.fold([a, shuffled], channels, in_place, x), 2 * function)
 
 
 @pytest.mark.parametrize(("arch", "width"), [(vgg8, 1 / 16), (resnet20, 1 / 8)])
@@ -175,9 +175,9 @@ def test_folding_nothing_is_the_ensemble_and_folding_all_in_place_is_the_sum(arc
     x, channels = torch.randn(40, 3, 32, 32, dtype=torch.float64), hidden_channels(a, X)
     for network in (a, b):
         recalibrate(network, x)
-    apart = recalibrate(merging.fold([a, b], channels, {}), x)
+    apart = recalibrate(merging.fold([a, b], channels, {}, x), x)
     torch.testing.assert_close(apart(x), merging.Ensemble([a, b])(x))
-    summed = merging.fold([a, b], channels, {g: torch.eye(n).repeat(1, 2) for g, n in channels.sizes.items()})
+    summed = merging.fold([a, b], channels, {g: torch.eye(n).repeat(1, 2) for g, n in channels.sizes.items()}, x)
     for name, p in WeightSum([a, b]).materialize().named_parameters():
         torch.testing.assert_close(summed.get_parameter(name), p)
 
@@ -187,7 +187,7 @@ def small(hidden, out):
     layers = [torch.nn.Linear(2, 2, bias=False), torch.nn.ReLU(), torch.nn.Linear(2, 1, bias=False)]
     for layer, weight in ((layers[0], hidden), (layers[2], [out])):
         layer.weight.data = torch.tensor(weight, dtype=torch.float64)
-    return torch.nn.Sequential(*layers)
+    return torch.nn.Sequential(*layers).eval()
 
 
 def test_mergers_of_two_different_networks_by_hand():
@@ -200,7 +200,7 @@ def test_mergers_of_two_different_networks_by_hand():
     torch.testing.assert_close(found, wanted)
     matched = merging.activation_matching(a, b, channels, x)
     assert matched[0].weight.tolist() == [[3, 0], [0, 2]] and matched[2].weight.tolist() == [[1000, 100]]
-    merged = merging.fold([a, b], channels, {group: merging.zipped(found)})
+    merged = merging.fold([a, b], channels, {group: merging.zipped(found)}, x)
     assert merged[0].weight.tolist() == [[2, 0], [0, 1.5]] and merged[2].weight.tolist() == [[1001, 110]]
 
 
@@ -210,7 +210,7 @@ def test_zipit_merges_within_a_network_where_it_may():
     x = torch.tensor([[0.0, 0], [0, 1], [1, 0], [1, 1]], dtype=torch.float64)
     channels = hidden_channels(a, x)
     ((group, found),) = merging.correlations([a, b], channels, x).items()
-    merged = merging.fold([a, b], channels, {group: merging.zipped(found, beta=1.0)})
+    merged = merging.fold([a, b], channels, {group: merging.zipped(found, beta=1.0)}, x)
     assert merged[0].weight.tolist() == [[2, 0], [0, 3]] and merged[2].weight.tolist() == [[11, 1100]]
 
 
@@ -275,7 +275,7 @@ def test_channels_that_never_change_are_alike():
 def linear(*rows):
     layer = torch.nn.Linear(len(rows[0]), len(rows), bias=False)
     layer.weight.data = torch.tensor(rows, dtype=torch.float32)
-    return layer
+    return layer.eval()
 
 
 def test_a_fisher_average_of_equal_fishers_is_the_average_with_their_coefficients():
@@ -347,24 +347,30 @@ def test_what_is_retrieved_from_a_superposition_is_the_network_and_the_other_und
     [
         (lambda: merging.weight_matching(network(), vgg8(width=1 / 8), CHANNELS), "in a and .* in b, which must be of"),
         (lambda: merging.weight_matching(*[vgg8(width=1 / 8)] * 2, CHANNELS), "weight' is .*, but its key is for"),
-        (lambda: merging.relabelled(network(), torch.arange(9)), "each of the 10 classes once"),
-        (lambda: merging.relabelled(network(), torch.zeros(10, dtype=torch.int64)), "each of the 10 classes once"),
+        (lambda: merging.relabelled(network(), torch.arange(9), X), "each of the 10 classes once"),
+        (lambda: merging.relabelled(network(), torch.zeros(10).long(), X), "each of the 10 classes once"),
         (lambda: merging.average([network(), vgg8(width=1 / 8)]), "'features.conv1_1.weight' is"),
         (
-            lambda: merging.fold([network()] * 2, CHANNELS, {"classifier.fc1": torch.ones(1, 3)}),
+            lambda: merging.fold([network()] * 2, CHANNELS, {"classifier.fc1": torch.ones(1, 3)}, X),
             "each of the 512 channels",
         ),
         (
-            lambda: merging.fold([network()] * 2, CHANNELS, {"classifier.fc1": torch.ones(2, 512)}),
+            lambda: merging.fold([network()] * 2, CHANNELS, {"classifier.fc1": torch.ones(2, 512)}, X),
             "'classifier.fc1' in one",
         ),
         (
             lambda: merging.correlations([TRANSPOSED], OF_TRANSPOSED, torch.ones(2, 3, 4, 4)),
             "'2.weight' belongs to a Conv",
         ),
-        (lambda: merging.fold([TRANSPOSED] * 2, OF_TRANSPOSED, {}), "expected convolutions and linear layers"),
-        (lambda: merging.regmean([torch.nn.Conv2d(2, 2, 1, groups=2)] * 2, [torch.ones(1, 2, 4, 4)] * 2), "groups=2"),
-        (lambda: merging.regmean([torch.nn.Conv2d(2, 2, 3, padding="same")] * 2, [torch.ones(1, 2, 4, 4)] * 2), "same"),
+        (
+            lambda: merging.fold([TRANSPOSED] * 2, OF_TRANSPOSED, {}, torch.ones(2, 3, 4, 4)),
+            "expected convolutions and linear layers",
+        ),
+        (lambda: merging.regmean([nn.Conv2d(2, 2, 1, groups=2).eval()] * 2, [torch.ones(1, 2, 4, 4)] * 2), "groups=2"),
+        (
+            lambda: merging.regmean([nn.Conv2d(2, 2, 3, padding="same").eval()] * 2, [torch.ones(1, 2, 4, 4)] * 2),
+            "same",
+        ),
     ],
 )
 def test_networks_that_do_not_fit_are_refused_by_name(merge, message):
@@ -373,7 +379,7 @@ def test_networks_that_do_not_fit_are_refused_by_name(merge, message):
 
 
 def _small(hidden=4):
-    return torch.nn.Sequential(torch.nn.Linear(3, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 2))
+    return torch.nn.Sequential(torch.nn.Linear(3, hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, 2)).eval()
 
 
 def test_ties_of_another_architecture_is_refused_by_name():
@@ -397,7 +403,7 @@ def test_channels_that_are_the_last_axis_are_matched_there():
         def forward(self, x):
             return self.b(self.a(x).relu())
 
-    a, x = Tokens(), torch.randn(50, 5, 3)
+    a, x = Tokens().eval(), torch.randn(50, 5, 3)
     channels = hidden_channels(a, x)
     moved = widen(a, draw(channels, 1, torch.Generator().manual_seed(3)))
     assert not torch.equal(moved.a.weight, a.a.weight)
@@ -447,20 +453,97 @@ def test_fishers_that_give_no_mean_are_refused(wrong):
         merging.fisher_average([a, b], [wrong, wrong])
 
 
-def test_a_network_in_training_mode_is_refused_where_that_would_change_it():
-    network, x = vgg8(width=1 / 16), torch.zeros(2, 3, 32, 32)
-    with pytest.raises(ValueError, match=r"of network 0 is in training mode; call eval\(\)"):
-        merging.regmean([network, network], [x, x])
-    with pytest.raises(ValueError, match="is in training mode"):
-        merging.fisher_information(network, x)
+@pytest.mark.parametrize("where", ["network", "part", "images", "none"])
+def test_networks_in_training_and_images_that_are_not_finite_are_refused(where):
+    n, x = nn.Sequential(nn.Linear(3, 3), nn.RReLU(), nn.Linear(3, 2)).train(where == "network"), torch.ones(2, 3)
+    n.eval()[1].train(where in ("network", "part"))
+    x = {"images": x / 0, "none": x[:0]}.get(where, x)
+    channels = hidden_channels(n, torch.ones(2, 3))
+    why = (
+        "expected images, all of finite numbers" if where in ("images", "none") else r"'1' of network 0 is in training"
+    )
+    for merge in (
+        lambda: merging.regmean([n, n], [x, x]),
+        lambda: merging.fisher_information(n, x),
+        lambda: merging.correlations([n, n], channels, x),
+        lambda: merging.fold([n, n], channels, {}, x),
+        lambda: merging.relabelled(n, torch.arange(2), x),
+    ):
+        with pytest.raises(ValueError, match=why):
+            merge()
 
 
 def test_classes_of_a_last_layer_with_a_weight_of_its_own_are_renamed_alone():
     tied = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
     tied[1].weight = tied[0].weight
-    for network in (tied, nn.Sequential(nn.Conv2d(3, 3, 1)), parametrizations.spectral_norm(nn.Linear(5, 5))):
-        with pytest.raises(ValueError, match="expected a last linear layer"):
-            merging.relabelled(network, torch.arange(5))
+    normed, x = parametrizations.spectral_norm(nn.Linear(5, 5)), torch.ones(2, 5)
+    ways = {"expected a last linear layer": (tied, nn.Sequential(nn.Conv2d(3, 3, 1))), "parametrized": (normed,)}
+    for why, network in ((why, network) for why, each in ways.items() for network in each):
+        with pytest.raises(ValueError, match=why):
+            merging.relabelled(network.eval(), torch.arange(5), x)
+
+
+class Backwards(nn.Module):
+    """The layer that gives the outputs is not the one that is registered last."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier, self.features = nn.Linear(5, 5), nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.classifier(self.features(x).relu())
+
+
+def test_another_last_layer_than_that_of_the_outputs_is_not_renamed():
+    with pytest.raises(ValueError, match="outputs are not those of the linear layer that it has registered last"):
+        merging.relabelled(Backwards().eval(), torch.arange(5).roll(1), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda: (nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)),
+        lambda: (nn.BatchNorm1d(3), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)),
+        lambda: (nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2), nn.LogSoftmax(-1)),
+    ],
+)
+def test_networks_that_are_no_ensemble_side_by_side_are_not_folded(layers):
+    a, b = (nn.Sequential(*layers()).eval() for _ in "ab")
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"don't compute the sum|channels that all networks share"):
+        merging.fold([a, b], hidden_channels(a, x), {}, x)
+
+
+def test_a_weight_of_two_layers_has_no_one_input_to_be_fitted():
+    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)).eval()
+    network[2].weight = network[0].weight
+    with pytest.raises(ValueError, match="'0' has the weight of another layer"):
+        merging.regmean([network, copy.deepcopy(network)], [torch.ones(2, 3)] * 2)
+
+
+def test_half_precision_is_merged_in_float32_and_rounded_once():
+    start, a, b = (nn.Linear(20, 20).half().eval() for _ in range(3))
+    fishers = [1e-6 * torch.rand(420) for _ in "ab"]  # which float16 does not hold
+    for wanted, merged in (
+        (
+            merging.fisher_average([a.float(), b.float()], fishers),
+            merging.fisher_average([a.half(), b.half()], fishers),
+        ),
+        (merging.ties(start.float(), [a.float(), b.float()]), merging.ties(start.half(), [a.half(), b.half()])),
+    ):
+        torch.testing.assert_close(merged.weight, wanted.weight.half(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("about", [{"keep": -0.5}, {"keep": 20}, {"scale": math.nan}])
+def test_a_share_and_a_scale_of_ties_are_ones(about):
+    with pytest.raises(ValueError, match="expected a share from 0 to 1 and a finite scale"):
+        merging.ties(_small(), [_small(), _small()], **about)
+
+
+def test_correlations_that_are_not_those_of_two_networks_are_refused():
+    for wrong in (torch.eye(5), torch.full((4, 4), math.nan), torch.ones(2, 4)):
+        with pytest.raises(ValueError, match=r"expected finite correlations \(2n, 2n\)"):
+            merging.zipped(wrong)
 
 
 def test_an_average_takes_an_example_where_layers_of_other_libraries_may_compute_their_weight():
@@ -475,4 +558,8 @@ def test_an_average_takes_an_example_where_layers_of_other_libraries_may_compute
     a, b = Other(), Other()
     with pytest.raises(ValueError, match="on an example first"):
         merging.average([a, b])
-    assert torch.allclose(merging.average([a, b], torch.ones(1, 3)).w, (a.w + b.w) / 2)
+    x = torch.ones(1, 3)
+    assert torch.allclose(merging.average([a, b], x).w, (a.w + b.w) / 2)
+    assert torch.allclose(merging.task_arithmetic(a, [b, b], 1.0, x).w, 2 * b.w - a.w, atol=1e-6)
+    assert torch.allclose(merging.regmean([a.eval(), b.eval()], [x, x]).w, (a.w + b.w) / 2)
+    assert torch.allclose(merging.fisher_average([a, b], [torch.ones(9)] * 2, None, x).w, (a.w + b.w) / 2)

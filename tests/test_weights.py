@@ -3,6 +3,7 @@ import copy
 import math
 import random
 import warnings
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -14,10 +15,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from weightsum_lib.core.batchnorm import recalibrate
 from weightsum_lib.core.channels import hidden_channels
 from weightsum_lib.core.keys import Key, deal, draw, widen
+from weightsum_lib.core.merging import average, random_like, random_signs, relabelled, ties
 from weightsum_lib.core.models import normalize, vgg8
 from weightsum_lib.core.weights import WeightSum, compare_layers, weighted_sum
 
@@ -905,6 +908,9 @@ def test_compare_layers_gives_norm_ratio_and_cosine():
     assert rows["conv1_1"]["norm_ratio"] == pytest.approx(0.5)
     assert rows["conv1_1"]["cosine"] == pytest.approx(-1)
     assert rows["fc1"]["norm_ratio"] == pytest.approx(1) and rows["fc1"]["cosine"] == pytest.approx(1)
+    a, b = nn.Linear(2, 1, dtype=torch.cfloat), nn.Linear(2, 1, dtype=torch.cfloat)
+    a.weight.data, b.weight.data = torch.tensor([[3 + 4j, 0]]), torch.tensor([[1j, 0]])
+    assert compare_layers(a, b) == [{"layer": "", "norm_ratio": 5.0, "cosine": pytest.approx(0.8)}]
 
 
 def test_compare_layers_of_any_network():
@@ -1059,7 +1065,7 @@ def test_networks_that_compute_something_else_beside_their_tensors_are_refused(a
         torch.ones(2, dtype=torch.cfloat).conj(),
         np.ones,
         nn.ReLU,
-        {nn.Parameter(torch.ones(1))},
+        {nn.ReLU()},
         collections.defaultdict(list, a=[1]),
     ],
 )
@@ -1107,23 +1113,182 @@ def test_a_constant_does_not_hide_a_weight_that_is_another_function(compute):
         WeightSum([Net(), Net()])(torch.randn(2, 3))
 
 
-@pytest.mark.parametrize("kept", ["list", "layers", "closure"])
-def test_a_parameter_that_is_not_registered_is_refused_once_it_takes_part(kept):
+def _keeping(own):
+    """A network that computes with what ``own`` makes of it and keeps, beside a layer."""
+
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear, w = nn.Linear(3, 3), nn.Parameter(torch.randn(3, 3))
-            own = {"list": [w], "layers": [nn.Linear(3, 3)], "closure": lambda x: F.linear(x, w)}[kept]
-            self.own = own
+            self.linear = nn.Linear(3, 3)
+            vars(self)["own"] = own(self)  # not registered
 
         def forward(self, x):
-            x = self.linear(x)
-            if kept == "list":
-                return F.linear(x, self.own[0])
-            return self.own[0](x) if kept == "layers" else self.own(x)
+            return self.linear(x) + self.own(x)
+
+    return Net
+
+
+def _times(weight):
+    return lambda x, w=weight: F.linear(x, w)
+
+
+def _patched(network):
+    forward = network.forward
+    network.forward = lambda *args: forward(*args)
+    return torch.relu
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        lambda network: _times(nn.Parameter(torch.randn(3, 3))),
+        lambda network: nn.Linear(3, 3),
+        lambda network: partial(F.linear, weight=nn.Parameter(torch.randn(3, 3))),
+        lambda network: lambda x: network.linear(x).relu(),
+        lambda network: weakref.ref(network.linear),
+        _patched,
+    ],
+)
+def test_a_parameter_that_no_copy_follows_is_refused_whatever_is_made_of_it(own):
+    pair, named = (
+        [_keeping(own)().eval() for _ in "ab"],
+        "'(own|forward)' of '' in network 0 holds a module or parameter",
+    )
+    ways = [lambda n: random_signs(n, torch.Generator()), lambda n: relabelled(n, torch.arange(3), torch.ones(2, 3))]
+    for way in (*ways, lambda n: random_like(n, n), lambda n: ties(n, pair), lambda n: WeightSum(pair)):
+        with pytest.raises(ValueError, match=named):
+            way(pair[0])
+
+
+def test_what_a_copy_follows_is_summed():
+    pair, x = [_keeping(lambda network: partial(F.linear, weight=torch.eye(3)))() for _ in "ab"], torch.randn(2, 3)
+    for network in pair:
+        network.method, network.layers = network.own, [network.linear]
+    assert torch.allclose(average(pair)(x), by_hand(pair, [0.5, 0.5])(x))
+
+
+def test_a_parameter_that_is_not_registered_is_refused_once_it_takes_part():
+    w = nn.Parameter(torch.randn(3, 3))
+
+    class Net(nn.Linear):
+        def forward(self, x):
+            return F.linear(super().forward(x), w)
 
     with pytest.raises(ValueError, match=r"a parameter \(3, 3\) takes part that the network has not registered"):
-        WeightSum([Net(), Net()])(torch.randn(2, 3))
+        WeightSum([Net(3, 3), Net(3, 3)])(torch.randn(2, 3))
+
+
+class Recomputed(nn.Module):
+    """Its activations are computed again in the backward pass; its scale has no axes."""
+
+    def __init__(self, reentrant):
+        super().__init__()
+        self.linear, self.scale, self.reentrant = nn.Linear(3, 3), nn.Parameter(torch.ones(())), reentrant
+
+    def forward(self, x):
+        return checkpoint(lambda y: F.softplus(y * self.scale), self.linear(x), use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_inside_is_refused_and_one_around_the_sum_is_right(reentrant):
+    pair, x = [Recomputed(reentrant) for _ in "ab"], torch.randn(2, 3)
+    total = WeightSum(pair)
+    with torch.no_grad():
+        assert torch.allclose(total(x), by_hand(pair, [1, 1])(x))
+    with pytest.raises(ValueError, match="checkpoint the sum itself"):
+        total(x)
+    plain = WeightSum([nn.Linear(3, 3), nn.Linear(3, 3)])
+    checkpoint(plain, x, use_reentrant=False).sum().backward()
+    assert torch.allclose(plain.networks[0].weight.grad, x.sum(0).expand(3, 3))
+
+
+class Transposed(nn.Linear):
+    """Holds its weight as (in, out), and goes by what it says of its sizes."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+
+    def forward(self, x):
+        return x @ self.weight / self.in_features
+
+
+def test_sizes_that_a_layer_names_stay_where_no_tensor_changes_its_size():
+    pair, x = [Transposed(3, 12) for _ in "ab"], torch.randn(2, 3)
+    total = WeightSum(pair)
+    assert torch.allclose(total(x), pair[0](x) + pair[1](x), atol=1e-6)
+    assert torch.equal(total.materialize()(x), total(x))
+
+
+def _other_cells():
+    """A class and a function that read what another cell, or another file, has set."""
+    for scale in (1.0, 2.0):
+        scope = {"nn": nn, "SCALE": scale}
+        source = "class Net(nn.Linear):\n    def forward(self, x):\n        return SCALE * nn.Linear.forward(self, x)\n"
+        exec(compile(source, "cell", "exec"), scope)
+        yield scope["Net"](2, 2)
+
+
+def _other_helpers():
+    for name in ("relu", "tanh"):
+        scope = {"torch": torch}
+        exec(compile(f"class Act:\n    def __call__(self, x):\n        return torch.{name}(x)\n", "c", "exec"), scope)
+        yield Scaled(scale=1.0, act=scope["Act"]())
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        _other_cells(),
+        _other_helpers(),
+        (Scaled(scale=1.0, held=SimpleNamespace(t=torch.arange(4.0).view(shape))) for shape in ((1, 4), (4, 1))),
+        (Scaled(scale=1.0, held=SimpleNamespace(t=torch.zeros(1, dtype=t))) for t in (torch.float32, torch.int32)),
+        (Scaled(scale=1.0, held={held}) for held in ((0, 1), (1, 3))),
+        (Scaled(scale=1.0, held={np.int64(held)}) for held in (1, 5)),
+    ],
+)
+def test_a_difference_further_inside_is_refused(pair):
+    a, b = pair
+    WeightSum([a, copy.deepcopy(a)])
+    with pytest.raises(ValueError, match=r"is .* in network 0 and .* in network 1"):
+        WeightSum([a, b])
+
+
+def test_backward_hooks_compiled_and_scripted_networks_are_refused():
+    a, b, hooked = (nn.Linear(2, 2) for _ in "abc")
+    hooked.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    refused = {
+        "or has a hook": hooked,
+        "or compiled": torch.compile(b),
+        "scripted or traced": torch.jit.script(nn.Linear(2, 2)),
+    }
+    for why, other in refused.items():
+        with pytest.raises(ValueError, match=f"network 1 .*{why}"):
+            WeightSum([a, other])
+    b.compile()
+    assert torch.equal(WeightSum([a, b])(torch.eye(2)), by_hand([a, b], [1, 1])(torch.eye(2)))
+
+
+def _normalized(layer):
+    return layer.weight / layer.weight.norm()
+
+
+class Normalized(Scaled):
+    def forward(self, x):
+        return F.linear(x, _normalized(self.linear))
+
+
+class Exponential(Scaled):
+    def forward(self, x):
+        return F.linear(x, next(self.linear.parameters()).exp())
+
+
+@pytest.mark.parametrize("kind", [Normalized, Exponential])
+def test_a_weight_that_another_function_computes_wants_an_example(kind):
+    with pytest.raises(ValueError, match="may compute its weight; call the sum on an example first"):
+        average([kind(), kind()])
+    with pytest.raises(ValueError, match=r"a weight is computed from linear\.weight"):
+        average([kind(), kind()], torch.ones(2, 3))
 
 
 def test_each_mode_is_proven_for_itself():

@@ -11,7 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightsum_lib.core.keys import tensors_in
 
-_MODULE = frozenset(vars(nn.Module()))  # attributes that say nothing of a module's own computation
+MODULE = frozenset(vars(nn.Module())) | {
+    "_compiled_call_impl",
+    "_is_torch_compile",
+}  # attributes that say nothing of its computation
+_SIGNED_ZERO = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), CodeType, set, frozenset)
 
 
@@ -28,7 +32,7 @@ def tensors_with_roles(network: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """All tensors under all their names: role (parameter, statistic of batch norm, constant) and tensor."""
     found = {}
     for path, module in network.named_modules(remove_duplicate=False):
-        held = ((k, v, i, t) for k, v in vars(module).items() if k not in _MODULE for i, t in enumerate(tensors_in(v)))
+        held = ((k, v, i, t) for k, v in vars(module).items() if k not in MODULE for i, t in enumerate(tensors_in(v)))
         own = {k if t is v else f"{k}[{i}]": t for k, v, i, t in held if t is v or not isinstance(t, nn.Parameter)}
         for name, tensor in {**own, **module._parameters, **module._buffers}.items():
             if isinstance(tensor, Tensor):
@@ -41,30 +45,37 @@ def tensors_with_roles(network: nn.Module) -> dict[str, tuple[str, Tensor]]:
 def entries(tensor: Tensor) -> bytes:
     """A tensor's values, to compare: NaN is NaN, and −0 is 0."""
     dense = tensor.detach() if tensor.layout == torch.strided else tensor.detach().to_dense()
-    dense = (dense.dequantize() if dense.is_quantized else dense).cpu() + 0
+    dense = (dense.dequantize() if dense.is_quantized else dense).cpu()
+    dense = dense + 0 if dense.dtype in _SIGNED_ZERO else dense
     return dense.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _value(value: object, seen: dict) -> object:
-    """A setting as it can be compared: a function by its code and what it holds, an object by what pickle takes of it.
+    """A setting as it can be compared: a function by its code, what it holds and the plain globals that it reads, an
+    object by its class and what pickle takes of it.
 
     Of modules and parameters, which are compared by themselves, of generators of random numbers and of what can't be
     pickled there is only the type. An object that was met before is its number in ``seen``: each is taken apart once.
     """
     inner = partial(_value, seen=seen)
     if isinstance(value, set | frozenset):
-        return {held if isinstance(held, _PLAIN) else type(held).__qualname__ for held in value}
+        return {held if isinstance(held, _PLAIN) else repr(_value(held, {})) for held in value}
     if isinstance(value, _PLAIN):
         return value if value == value else "nan"
     if id(value) in seen:
         return f"object {seen[id(value)][0]}"
     named = f"{value.__module__}.{value.__qualname__}" if isinstance(value, type) else type(value).__qualname__
-    if isinstance(value, type | nn.Module | nn.Parameter | torch.Generator) or "random" in type(value).__module__:
+    random = f"{type(value).__module__}.".startswith(("random.", "numpy.random."))
+    if random or isinstance(value, nn.Module | nn.Parameter | torch.Generator):
         return named
     seen[id(value)] = len(seen), value  # kept, so that its number is not given to another
     with suppress(Exception):  # of any kind: what can't be pickled
         if isinstance(value, Tensor):
-            return named if value.is_meta else entries(value)
+            kind = [named, str(value.dtype), *value.shape]
+            return kind if value.is_meta else [*kind, entries(value)]
+        if isinstance(value, type):  # its own code, whatever it is called
+            own = {k: v for k, v in vars(value).items() if isinstance(v, FunctionType)}
+            return [named, {} if value.__module__.startswith("torch.") else inner(own)]
         if isinstance(value, property):
             return inner(value.fget)
         if isinstance(value, staticmethod | classmethod):
@@ -73,7 +84,9 @@ def _value(value: object, seen: dict) -> object:
             return [inner(value.__func__), inner(value.__self__)]
         if isinstance(value, FunctionType):
             cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-            return [value.__code__, *map(inner, (value.__defaults__, value.__kwdefaults__, cells))]
+            read = {n: value.__globals__.get(n) for n in value.__code__.co_names}
+            read = {n: held for n, held in read.items() if isinstance(held, _PLAIN)}
+            return [value.__code__, *map(inner, (value.__defaults__, value.__kwdefaults__, cells, read))]
         if isinstance(value, Mapping):
             return {str(key): inner(held) for key, held in value.items()}
         if isinstance(value, list | tuple):
@@ -90,5 +103,5 @@ def settings(path: str, module: nn.Module) -> dict[str, object]:
         for name, held in vars(base).items() if not base.__module__.startswith("torch.") else ():
             if isinstance(held, FunctionType) or not name.startswith("__"):
                 found[f"code of {path}{depth * '.super()'}.{name}"] = _value(held, {})
-    own = {k: v for k, v in vars(module).items() if k not in _MODULE and not isinstance(v, Tensor)}
+    own = {k: v for k, v in vars(module).items() if k not in MODULE and not isinstance(v, Tensor)}
     return found | {f"{path}.{name}": _value(held, {}) for name, held in own.items()}

@@ -57,7 +57,9 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable, owners: Tensor | N
     if silent := [name for layer, name in names.items() if layer.running_mean is None]:
         raise ValueError(f"'{silent[0]}' keeps no running statistics to set: it always uses those of the batch")
     if owners is not None:
-        fit = isinstance(module, WeightSum) and whole and owners.shape == (len(images),) and int(owners.min()) >= 0
+        owners = torch.as_tensor(owners)
+        fit = isinstance(module, WeightSum) and whole and owners.shape == (len(images),) and owners.numel()
+        fit = fit and not owners.is_floating_point() and owners.dtype != torch.bool and int(owners.min()) >= 0
         if not fit or len(count := owners.bincount()) != len(module.networks) or int(count.min()) < 2:
             raise ValueError("owners are one network number an image, of a sum and a tensor; each has two or more")
         owners = owners.to(images.device)
@@ -101,6 +103,8 @@ def recalibrate(module: nn.Module, images: Tensor | Iterable, owners: Tensor | N
             seen = torch.zeros(3, dtype=torch.float64)  # batches, images, and the sum of their squares
             for batch in [images] if whole else images:
                 x = batch[0] if isinstance(batch, tuple | list) else batch
+                if not isinstance(x, Tensor):
+                    raise TypeError(f"expected batches of images, or of (images, labels), got a {type(x).__name__}")
                 called.clear()
                 with suppress(_Reached):
                     module(x)

@@ -1,14 +1,14 @@
 """Hidden channels of a network: found by following its computation, then proven by permuting and widening them."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from weightsum_lib.core.keys import Channels, Key, tensors_in, tensors_of, widen
+from weightsum_lib.core.keys import Channels, Key, tensors_in, tensors_of, widen, with_tensors
 
 # A label (node, each) of a dimension: it runs over the node's channels and has so many entries for each of them. A
 # node is an axis of a parameter or buffer, by name. Three have no name and are not hidden: of dimensions with an order
@@ -47,8 +47,14 @@ def hidden_channels(network: nn.Module, example: Tensor) -> Channels:
     """
     copied, x = _randomized(network, example)
     trace = _Trace(copied, x)
-    with torch.no_grad(), trace:
-        output = copied(x)
+    try:
+        with torch.no_grad(), trace:
+            output = copied(x)
+    except RuntimeError as error:
+        raise ValueError(f"the network does not compute a random example in float64, on the CPU: {error}") from error
+    if odd := [leaf for leaf in tree_leaves(output) if not isinstance(leaf, Tensor | int | float | str | None)]:
+        what = f"the network returns a {type(odd[0]).__name__}, in which no tensor is looked for"
+        raise ValueError(f"{what}; return tensors, or tuples, lists or dictionaries of them")
     outputs = [label for tensor in tensors_in(output) for label in trace.of(tensor)]
     inner = {trace.find(label)[0] for label in trace.summed}
     outputs += [label for label, *_ in trace.refused[trace.settled :] if trace.find(label)[0] not in inner]
@@ -116,7 +122,7 @@ def _randomized(network: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]
     if odd := [name for name, t in tensors_of(network).items() if t.is_meta or t.is_complex()]:
         raise ValueError(f"'{odd[0]}' is complex or on the meta device; give a network of real numbers that has values")
     generator = torch.Generator().manual_seed(0)
-    network = copy.deepcopy(network).to("cpu", torch.float64).eval()
+    network = with_tensors(network, tensors_of(network)).to("cpu", torch.float64).eval()
     for tensor in [t for t in tensors_of(network).values() if t.is_floating_point()]:
         # parameters of a scale that lets the effect of every layer reach the output, buffers positive as variances are
         bound = (6 / max(1, tensor[:1].numel())) ** 0.5 if tensor.ndim > 1 else 2.0

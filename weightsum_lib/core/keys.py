@@ -244,11 +244,12 @@ def with_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module
     for name, tensor in tensors_of(network).items():
         held = tensors[name].detach().clone()
         memo[id(tensor)] = nn.Parameter(held, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else held
-    network = copy.deepcopy(network, memo)
-    for module in network.modules():
-        held = getattr(module, "weight", None)
-        held = getattr(module, "running_mean", None) if held is None else held
-        sizes = list(held.shape) if isinstance(held, Tensor) else []
+    wide = copy.deepcopy(network, memo)
+    for module, small in zip(wide.modules(), network.modules(), strict=True):
+        held = "running_mean" if getattr(module, "weight", None) is None else "weight"
+        held, before = getattr(module, held, None), getattr(small, held, None)
+        other = isinstance(held, Tensor) and before.numel() and held.shape != before.shape  # the body of a sum has none
+        sizes = list(held.shape) if other else []
         names = [name for kind, its in _SIZES.items() if isinstance(module, kind) for name in its]
         if isinstance(module, _ConvNd) and sizes:
             names = names[::-1] if module.transposed else names
@@ -256,4 +257,4 @@ def with_tensors(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module
                 module.groups = module.groups * sizes[0] // getattr(module, names[0])
             sizes[1] *= module.groups
         vars(module).update(zip(names, sizes, strict=False))
-    return network
+    return wide

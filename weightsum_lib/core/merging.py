@@ -1,14 +1,12 @@
 """Merging as others do it: the baselines that a plain sum of trained weights is compared with."""
 
-import copy
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from weightsum_lib.core.keys import Channels, Key, check_channels, deal, embed, tensors_of, widen, with_tensors
 from weightsum_lib.core.weights import WeightSum, check_summable
@@ -40,20 +38,32 @@ def average(networks: Sequence[nn.Module], *example: Tensor) -> nn.Module:
         networks: of one architecture.
         example: arguments of theirs, needed where a layer of another library may compute its weight.
     """
-    total = WeightSum(networks, [1 / len(networks)] * len(networks))
+    return _plain(WeightSum(networks, [1 / len(networks)] * len(networks)), example)
+
+
+def task_arithmetic(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, *example: Tensor) -> nn.Module:
+    """start + scale · Σ (θᵢ − start), Ilharco et al. 2023; its batch-norm statistics are to be re-estimated.
+
+    Args:
+        start: from which all networks were trained.
+        networks: those to merge.
+        scale: factor on each difference.
+        example: see :func:`average`.
+    """
+    return _plain(WeightSum([start, *networks], [1 - scale * len(networks)] + [scale] * len(networks)), example)
+
+
+def _plain(total: WeightSum, example: Sequence[Tensor]) -> nn.Module:
+    """A sum as a plain network; on an example it proves that its weights are affine in the parameters."""
     if example:
-        total(*example)
+        with warnings.catch_warnings(action="ignore"):  # of statistics that it does not have yet
+            total.eval()(*example)
     return total.materialize().eval()
 
 
-def task_arithmetic(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0) -> nn.Module:
-    """start + scale · Σ (θᵢ − start), Ilharco et al. 2023; its batch-norm statistics are to be re-estimated."""
-    return WeightSum([start, *networks], [1 - scale * len(networks)] + [scale] * len(networks)).materialize().eval()
-
-
 def _vector(tensors: Iterable[Tensor]) -> Tensor:
-    """All entries of some tensors, whatever their layout in memory."""
-    return torch.cat([tensor.flatten() for tensor in tensors])
+    """All entries of some tensors, whatever their layout in memory, in float32 at least."""
+    return torch.cat([t.flatten().to(torch.promote_types(t.dtype, torch.float32)) for t in tensors])
 
 
 def _fill(network: nn.Module, vector: Tensor) -> None:
@@ -62,12 +72,27 @@ def _fill(network: nn.Module, vector: Tensor) -> None:
         p.copy_(part.view_as(p))
 
 
-def _check_evaluating(networks: Sequence[nn.Module]) -> None:
+def _copied(network: nn.Module) -> nn.Module:
+    check_summable([network])  # else a copy may compute with the network's own weights
+    return with_tensors(network, tensors_of(network))
+
+
+def _check_evaluating(networks: Sequence[nn.Module], *inputs: Tensor) -> None:
     for i, network in enumerate(networks):
-        for name, module in network.named_modules():
-            drops = isinstance(module, _DropoutNd) or getattr(module, "dropout", 0)
-            if module.training and (module._buffers or drops):
-                raise ValueError(f"'{name}' of network {i} is in training mode; call eval() on the network first")
+        if training := [name for name, module in network.named_modules() if module.training]:
+            raise ValueError(f"'{training[-1]}' of network {i} is in training mode; call eval() on the network first")
+    for x in inputs:
+        if not len(x) or not x.isfinite().all():
+            raise ValueError(f"expected images, all of finite numbers, got {tuple(x.shape)} with others, or none")
+
+
+def _is_tied(network: nn.Module, weight: Tensor) -> bool:
+    return sum(p is weight for module in network.modules() for p in module._parameters.values()) > 1
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs are different, beyond rounding."""
+    return not torch.allclose(a, b, rtol=0, atol=torch.finfo(b.dtype).eps ** 0.5 * b.abs().max().item())
 
 
 @torch.no_grad()
@@ -84,10 +109,12 @@ def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, ke
         the merged network; its batch-norm statistics are to be re-estimated.
 
     Raises:
-        ValueError: networks of different architectures; what differs is named.
+        ValueError: networks of different architectures, what differs is named; a share or scale that is none.
     """
     check_summable([start, *networks])
-    merged = copy.deepcopy(start).eval()
+    if not (0 < keep <= 1 and abs(scale) < torch.inf):
+        raise ValueError(f"expected a share from 0 to 1 and a finite scale, got keep={keep}, scale={scale}")
+    merged = _copied(start).eval()
     origin, *ends = (_vector(n.parameters()) for n in (start, *networks))
     found = torch.stack(ends) - origin
     smallest = found.abs().sort(descending=True).values[:, [max(1, round(keep * len(origin))) - 1]]
@@ -123,7 +150,7 @@ def weight_matching(a: nn.Module, b: nn.Module, channels: Channels, seed: int = 
         if shapes[0] != shapes[1]:
             raise ValueError(f"'{name}' is {shapes[0]} in a and {shapes[1]} in b, which must be of one architecture")
     order = {group: torch.arange(size) for group, size in channels.sizes.items()}  # channel of b that takes each place
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
 
     def similarity(group: str) -> Tensor:
         """Inner products of each channel of a with each of b, all other groups as they are ordered now."""
@@ -181,9 +208,9 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
 
     Raises:
         ValueError: a group that no convolution or linear layer reads, or weights of other layers, as transposed
-            convolutions; a network in training mode. It is named.
+            convolutions; a network in training mode. It is named. Images that are not finite.
     """
-    _check_evaluating(networks)
+    _check_evaluating(networks, x)
     readers = _readers(networks[0], channels)
     if unread := channels.sizes.keys() - {group for group, _ in readers.values()}:
         raise ValueError(f"no convolution or linear layer reads the channels of '{min(unread)}' to compare them")
@@ -231,30 +258,37 @@ def _readers(network: nn.Module, channels: Channels) -> dict[str, tuple[str, int
 
 
 @torch.no_grad()
-def fold(networks: Sequence[nn.Module], channels: Channels, onto: Mapping[str, Tensor]) -> nn.Module:
+def fold(networks: Sequence[nn.Module], channels: Channels, onto: Mapping[str, Tensor], example: Tensor) -> nn.Module:
     """The networks side by side, their logits added, some of their channels merged: W = M (W₁ ⊕ W₂ ⊕ …) U.
 
     Args:
-        networks: of one architecture.
+        networks: of one architecture, in evaluation mode.
         channels: of each.
         onto: for each group that is merged M, (merged channels, channels of all networks): a row has the weights with
             which channels make one, each channel in one row. U gives each channel the one that it has become. Groups
             that are not there stay apart; without any it is the ensemble of the networks.
+        example: some network input (N, C, H, W), on which that is proven.
 
     Returns:
         one network; its batch-norm statistics are to be re-estimated.
 
     Raises:
         ValueError: a channel that is in no row or in several; weights of other layers than convolutions (which are not
-            transposed) and linear ones. The group or weight is named.
+            transposed) and linear ones; the group or weight is named. Networks that side by side don't compute the sum
+            of their outputs, as with a batch norm of the input.
     """
+    _check_evaluating(networks, example)
     keys = [deal(channels, float(len(networks)), i) for i in range(len(networks))]
-    side = WeightSum(networks, keys=keys).materialize().eval()
+    side = WeightSum(networks, keys=keys).add_statistics().eval()
     for group, matrix in onto.items():
         if matrix.shape[1] != keys[0].sizes[group] or not ((matrix != 0).sum(0) == 1).all():
             what = f"each of the {keys[0].sizes[group]} channels of '{group}'"
             raise ValueError(f"a merge has {what} in one row of its matrix, got one of {tuple(matrix.shape)}")
-    _readers(side, channels)  # their first axis is what they compute, the second what they read
+    _readers(networks[0], channels)  # their first axis is what they compute, the second what they read
+    if _differ(side(example), sum(network(example) for network in networks)):
+        why = "something but the last layer acts on channels of no group, as a scalar, a gate or a softmax"
+        raise ValueError(f"side by side the networks don't compute the sum of their outputs: {why}")
+    side = side.materialize()
     tensors = tensors_of(side)
     for name in tensors:
         for axis, group, each in [entry for entry in channels.axes[name] if entry[1] in onto]:
@@ -275,7 +309,12 @@ def zipped(correlation: Tensor, alpha: float = 1e-4, beta: float = 0.075) -> Ten
 
     Returns:
         M of :func:`fold`, (n, 2n).
+
+    Raises:
+        ValueError: correlations that are not those of two networks' channels, or not finite.
     """
+    if correlation.shape != 2 * (len(correlation) // 2 * 2,) or not correlation.isfinite().all():
+        raise ValueError(f"expected finite correlations (2n, 2n) of two networks, got {tuple(correlation.shape)}")
     like, n = correlation.clone().fill_diagonal_(-torch.inf), len(correlation) // 2
     of, budget = torch.arange(2 * n, device=like.device), [int(beta * n / 2)] * 2  # the channel that each is now
     best, nearest = like.max(1)
@@ -308,7 +347,7 @@ def random_signs(network: nn.Module, generator: torch.Generator) -> nn.Module:
         network: left as it is.
         generator: of the signs, on the CPU.
     """
-    network = copy.deepcopy(network)
+    network = _copied(network)
     layers = {id(m.weight): m for m in network.modules() if isinstance(m, _ConvNd | nn.Embedding)}
     for weight in [p for p in network.parameters() if p.ndim > 1]:
         layer = layers.get(id(weight))
@@ -336,11 +375,12 @@ def regmean(networks: Sequence[nn.Module], inputs: Sequence[Tensor], shrink: flo
 
     Raises:
         ValueError: a convolution with groups, dilation or other padding than a number of zeros, whose patches this
-            does not gather; a network in training mode. It is named.
+            does not gather; a layer whose weight is another's too; a network in training mode. It is named. Images
+            that are not finite.
     """
-    _check_evaluating(networks)
+    _check_evaluating(networks, *inputs)
     grams = [_gram_matrices(n, x) for n, x in zip(networks, inputs, strict=True)]
-    merged = average(networks)
+    merged = average(networks, inputs[0][:2])
     for name in grams[0]:
         total, target = 0.0, 0.0
         for network, gram in zip(networks, grams, strict=True):
@@ -369,6 +409,8 @@ def _gram_matrices(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
     with ExitStack() as hooks:
         for layer, name in names.items():
+            if _is_tied(network, layer.weight):
+                raise ValueError(f"'{name}' has the weight of another layer: no one input is to be fitted")
             if isinstance(layer, nn.Conv2d):
                 kind = (layer.groups, layer.dilation, layer.padding_mode, type(layer.padding))
                 if kind != (1, (1, 1), "zeros", tuple):
@@ -381,7 +423,10 @@ def _gram_matrices(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fisher_average(
-    networks: Sequence[nn.Module], fishers: Sequence[Tensor], coefficients: Sequence[float] | None = None
+    networks: Sequence[nn.Module],
+    fishers: Sequence[Tensor],
+    coefficients: Sequence[float] | None = None,
+    *example: Tensor,
 ) -> nn.Module:
     """Fisher-weighted averaging, Matena and Raffel 2022: each weight counts as much as its network's output feels it.
 
@@ -391,6 +436,7 @@ def fisher_average(
         networks: of one architecture.
         fishers: Fᵢ, the :func:`fisher_information` of each.
         coefficients: λᵢ; by default equal.
+        example: see :func:`average`.
 
     Returns:
         the merged network; its batch-norm statistics are to be re-estimated.
@@ -398,9 +444,10 @@ def fisher_average(
     Raises:
         ValueError: another number of fishers or coefficients than of networks, or weights that give no mean.
     """
-    merged, own = average(networks), torch.stack([_vector(n.parameters()) for n in networks])
-    weights = torch.stack([c * f for c, f, _ in zip(coefficients or [1.0] * len(own), fishers, own, strict=True)])
-    if weights.shape != own.shape or not (weights.sum(0) > 0).all():
+    merged, own = average(networks, *example), torch.stack([_vector(n.parameters()) for n in networks])
+    factors = [1.0] * len(own) if coefficients is None else coefficients
+    weights = torch.stack([c * f for c, f, _ in zip(factors, fishers, own, strict=True)])
+    if weights.shape != own.shape or not (weights.sum(0) > 0).all() or not weights.isfinite().all():
         raise ValueError(f"expected {len(own[0])} numbers a network whose sum, weighted by coefficients, is positive")
     _fill(merged, (weights * own).sum(0) / weights.sum(0))
     return merged
@@ -420,9 +467,10 @@ def fisher_information(network: nn.Module, x: Tensor) -> Tensor:
         (parameters,), in the order of ``network.parameters()``.
 
     Raises:
-        ValueError: a parameter that requires no gradient, a network in training mode; it is named.
+        ValueError: a parameter that requires no gradient, a network in training mode; it is named. Images that are not
+            finite.
     """
-    _check_evaluating([network])
+    _check_evaluating([network], x)
     parameters = dict(network.named_parameters())
     total = [torch.zeros_like(p) for p in parameters.values()]
     if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
@@ -430,7 +478,8 @@ def fisher_information(network: nn.Module, x: Tensor) -> Tensor:
     for image in x.split(1):
         likely = network(image)[0].log_softmax(0)
         for log in likely:
-            for t, g in zip(total, torch.autograd.grad(log, list(parameters.values()), retain_graph=True), strict=True):
+            felt = torch.autograd.grad(log, [*parameters.values()], retain_graph=True, materialize_grads=True)
+            for t, g in zip(total, felt, strict=True):
                 t.addcmul_(g, g, value=log.exp().item() / len(x))
     total = _vector(total).clamp(min=1e-6)
     return total / total.norm()
@@ -444,7 +493,7 @@ def random_like(network: nn.Module, fresh: nn.Module) -> nn.Module:
         network: gives the norm of every parameter tensor.
         fresh: untrained, gives the directions; left as it is. A tensor of zeros stays zeros.
     """
-    fresh = copy.deepcopy(fresh)
+    fresh = _copied(fresh)
     for name, p in fresh.named_parameters():
         if p.norm() > 0:
             p *= network.get_parameter(name).norm() / p.norm()
@@ -452,26 +501,30 @@ def random_like(network: nn.Module, fresh: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def relabelled(network: nn.Module, permutation: Tensor) -> nn.Module:
+def relabelled(network: nn.Module, permutation: Tensor, example: Tensor) -> nn.Module:
     """The network with its classes renamed: class c becomes ``permutation[c]``.
 
     Training is blind to the classes' names, so this *is* a network trained on the renamed labels, from the start
     with the renamed outputs.
 
     Args:
-        network: its last linear layer gives the logits; left as it is.
+        network: its last linear layer gives the logits; in evaluation mode, left as it is.
         permutation: (classes,) int64.
+        example: some network input (N, C, H, W), on which it is proven.
 
     Raises:
-        ValueError: something else than each class once; no last linear layer, or one whose weight is not its own.
+        ValueError: something else than each class once; no last linear layer, or one whose weight is not its own; the
+            outputs are not those of that layer.
     """
-    network = copy.deepcopy(network)
-    *_, last = None, *(m for m in network.modules() if isinstance(m, nn.Linear))
-    tied = last and sum(p is last.weight for m in network.modules() for p in m._parameters.values()) > 1
-    if last is None or tied or is_parametrized(last):
-        raise ValueError("expected a last linear layer, whose weight is its own, neither tied nor parametrized")
+    _check_evaluating([network], example)
+    renamed = _copied(network)
+    *_, last = None, *(m for m in renamed.modules() if isinstance(m, nn.Linear))
+    if last is None or _is_tied(renamed, last.weight):
+        raise ValueError("expected a last linear layer, whose weight is its own")
     if sorted(permutation.tolist()) != list(range(last.out_features)):
         raise ValueError(f"expected each of the {last.out_features} classes once, got {permutation.tolist()}")
     for tensor in last.parameters():
         tensor[permutation] = tensor.clone()
-    return network
+    if _differ(renamed(example)[..., permutation], network(example)):
+        raise ValueError("the network's outputs are not those of the linear layer that it has registered last")
+    return renamed

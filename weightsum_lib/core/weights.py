@@ -1,12 +1,14 @@
 """Arithmetic on the weights of networks of one architecture: the sum, and how two networks compare."""
 
-import math
+import gc
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from numbers import Real
-from types import CodeType, FunctionType
+from types import CellType, CodeType, FunctionType, ModuleType
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weightsum_lib.core.alike import check_alike, entries, settings, tensors_with_roles
+from weightsum_lib.core.alike import MODULE, check_alike, entries, settings, tensors_with_roles
 from weightsum_lib.core.keys import Key, check_channels, embed, tensors_in, tensors_of, with_tensors
 
 # Operations that are affine in all their tensors together, and those in each of two factors (after a bias, some).
@@ -30,6 +33,8 @@ _AFFINE = (
     "unsafe_split masked_fill scatter_add index_add diag_embed complex trace avg_pool2d _fft_r2c _fft_c2r _fft_c2c"
 )
 _BIASED = frozenset(("addmm", "addmv", "baddbmm"))
+_KNOWN = MODULE | {"_flat_weights", "_flat_weight_refs"}  # attributes that are followed; of recurrent layers
+_READ = {"parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"}  # what may give a weight
 _PRODUCTS = _BIASED | {"mul", "mm", "bmm", "mv", "dot", "convolution"}
 
 
@@ -51,7 +56,7 @@ def weighted_sum(parents: Iterable[Mapping[str, Tensor]], coefficients: Sequence
     """
     total, kinds = {}, {}
     for i, (parent, c) in enumerate(zip_longest(parents, coefficients)):
-        if parent is None or not isinstance(c, Real) or not abs(c) < math.inf:
+        if parent is None or not isinstance(c, Real) or not abs(c) <= sys.float_info.max:
             raise ValueError(f"a sum takes one finite number a network as coefficients, got {list(coefficients)}")
         own = {name: (tuple(t.shape), t.dtype, t.device) for name, t in parent.items()}
         kinds = kinds if i else own
@@ -60,7 +65,7 @@ def weighted_sum(parents: Iterable[Mapping[str, Tensor]], coefficients: Sequence
             if not (tensor.is_floating_point() or tensor.is_complex()):
                 raise ValueError(f"'{name}' holds {tensor.dtype}, which has no weighted sum; leave it out")
             term = tensor.float() if tensor.dtype.itemsize < 4 else tensor
-            term = term if c == 1 else term * c
+            term = term if c == 1 else term * float(c)
             total[name] = total[name] + term if i else term
     return {name: tensor.to(kinds[name][1]) for name, tensor in total.items()}
 
@@ -71,7 +76,10 @@ def check_summable(networks: Sequence[nn.Module]) -> None:
     for i, network in enumerate(networks):
         if not isinstance(network, nn.Module) or next(network.parameters(), None) is None:
             raise ValueError(f"network {i}, a {type(network).__name__}, is no module with parameters to sum")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
+            raise ValueError(f"network {i} is scripted or traced, which hides what it computes; sum it before that")
         modules, tensors, kinds, names = {}, tensors_with_roles(network), {}, {}
+        registered = {*map(id, network.modules()), *map(id, network.parameters())}
         for name, (role, tensor) in tensors.items():
             if is_lazy(tensor):
                 raise ValueError(f"'{name}' of network {i} has no shape yet: call the network on an example first")
@@ -80,10 +88,15 @@ def check_summable(networks: Sequence[nn.Module]) -> None:
             kinds[name] += f", tied to '{tied}'" if tied != name else ""
         for path, module in network.named_modules(remove_duplicate=False):
             modules |= settings(path, module)
-            hooked = module._forward_pre_hooks or module._forward_hooks
+            hooked = module._forward_pre_hooks or module._forward_hooks or module._backward_hooks
+            hooked = hooked or module._backward_pre_hooks or hasattr(module, "_orig_mod")  # compiled
             if is_parametrized(module) or hooked or isinstance(module, WeightSum):
                 todo = "remove or merge first (remove_parametrizations, remove_weight_norm, prune.remove, materialize)"
-                raise ValueError(f"'{path}' of network {i} is a sum, parametrized, or has a forward (pre-)hook; {todo}")
+                what = f"'{path}' of network {i} is a sum, parametrized or compiled, or has a hook (forward"
+                raise ValueError(f"{what} (pre-)hook or backward); {todo}")
+            for name in (k for k, v in vars(module).items() if k not in _KNOWN and _unfollowed(v, registered)):
+                what = f"'{name}' of '{path}' in network {i} holds a module or parameter that is not registered, or"
+                raise ValueError(f"{what} in a function or weak reference, which no copy follows; make it a method")
         first = first or (kinds, modules, tensors)
         check_alike(first[0], kinds, i)
         for name, (role, tensor) in tensors.items():
@@ -99,23 +112,44 @@ def _unproven(network: nn.Module) -> Iterator[str]:
     for path, module in network.named_modules():
         others = [c for c in type(module).__mro__ if not c.__module__.startswith(("torch.nn.", "weightsum_lib."))]
         own = module._parameters and (len(others) > 1 or "container" in type(module).__module__)  # besides object
-        if own or _names(others) & last:
+        if own or _names(others) & (last | _READ):
             yield path
 
 
 def _names(classes: Sequence[type]) -> set[str]:
     """What forward names, and what it may call of these classes, as far as their code says."""
-    found, todo = set(), {"forward"}
+    found, todo, globals_ = set(), {"forward"}, {}
     while new := todo - found:
         found |= new
         held = [vars(c)[name] for c in classes for name in new if name in vars(c)]
-        held = [getattr(f, "fget", None) or getattr(f, "__func__", f) for f in held]
-        codes = [f.__code__ for f in held if isinstance(f, FunctionType)]
+        held = [getattr(f, "fget", None) or getattr(f, "__func__", f) for f in (*held, *map(globals_.get, new))]
+        held = [f for f in held if isinstance(f, FunctionType) and not str(f.__module__).startswith("torch.")]
+        codes = [f.__code__ for f in held]
+        globals_ |= {name: value for f in held for name, value in f.__globals__.items()}
         while codes:
             code = codes.pop()
             todo |= {*code.co_names}
             codes += [c for c in code.co_consts if isinstance(c, CodeType)]
     return found
+
+
+def _unfollowed(value: object, registered: set[int]) -> bool:
+    """Whether an attribute leads to a module or parameter that a deep copy of the network does not take along."""
+    todo, seen = [(value, True)], set()
+    while todo:
+        value, copied = todo.pop()
+        weighs = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
+        if (weighs or isinstance(value, nn.Parameter)) and not (copied and id(value) in registered):
+            return True
+        if (id(value), copied) not in seen and not isinstance(value, type | ModuleType | nn.Module | Tensor | CodeType):
+            seen.add((id(value), copied))
+            inside = gc.get_referents(value)
+            if isinstance(value, FunctionType):
+                inside = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+                inside += [value.__defaults__, value.__kwdefaults__]
+            inside = [value()] if isinstance(value, ReferenceType) else inside
+            todo += [(v, copied and not isinstance(value, FunctionType | ReferenceType)) for v in inside]
+    return False
 
 
 class _Followed(TorchDispatchMode):
@@ -136,7 +170,7 @@ class _Followed(TorchDispatchMode):
 
     def __init__(self, weights: Mapping[str, Tensor], body: nn.Module, layers: Iterable[str], inputs: object):
         super().__init__()
-        self.layers = set(layers)
+        self.layers, self.trained = set(layers), torch.is_grad_enabled()
         # storage: parameters that it depends on, whether on the input too, and what keeps its address from being reused
         constants = [t for role, t in tensors_with_roles(body).values() if role != "parameter"]
         objects = [getattr(leaf, "__dict__", {}) for leaf in tree_leaves(inputs)]  # batches of other libraries
@@ -148,6 +182,12 @@ class _Followed(TorchDispatchMode):
         """Compute one operation, and say what its result depends on."""
         out = op(*args, **(kwargs or {}))
         other = (frozenset(), False)  # what is not known is a constant
+        frame = sys._getframe() if self.trained else None
+        while frame and frame.f_code is not WeightSum.forward.__code__:
+            if frame.f_code.co_filename == checkpoint.__file__:
+                todo = "checkpoint the sum itself: torch.utils.checkpoint.checkpoint(total, x)"
+                raise ValueError(f"a checkpoint inside the network computes again once the weights are gone; {todo}")
+            frame = frame.f_back
         name, results, operands = op.__name__.split(".")[0].rstrip("_"), tensors_in(out), tensors_in((args, kwargs))
         sources = [self.sources.get(_storage(t), other) for t in operands]
         if lost := [t for t in operands if isinstance(t, nn.Parameter) and _storage(t) not in self.sources]:
@@ -167,7 +207,8 @@ class _Followed(TorchDispatchMode):
         elif (inputs == 0 and names and not affine) or (inputs == 1 and product and layers):
             raise ValueError(
                 f"a weight is computed from {' and '.join(sorted(names))} by {name}, which is not affine: the sum of "
-                "the parameters does not give the sum of the weights; merge them into one parameter first"
+                "the parameters does not give the sum of the weights; merge them into one parameter first (if it is no "
+                "weight but an activation: give every input as a tensor)"
             )
         if inputs:
             linear = inputs == 1 and (affine or product)
@@ -195,7 +236,8 @@ class WeightSum(nn.Module):
     are followed, and a state dict has neither coefficients nor keys.
 
     That the networks are of one architecture is tested here. That their weights are their parameters is tested in the
-    first forward pass: one that is a product or another non-affine function of parameters is refused.
+    first forward pass: one that is a product or another non-affine function of parameters is refused. (What leaves
+    torch on its way, to NumPy for example, is not seen.)
 
     Args:
         networks: two or more modules of one architecture.
@@ -205,10 +247,11 @@ class WeightSum(nn.Module):
 
     Raises:
         ValueError: fewer than two networks, something that is no module; another number of coefficients or keys, or
-            some that don't fit; networks without parameters, with lazy ones, parametrizations, forward hooks or
-            pre-hooks; networks that differ in a shape, type, device, layer, the layers' order, in what is tied, in the
-            code of a class, in an attribute (but for what can't be pickled), or in a tensor that is neither a parameter
-            nor a batch-norm statistic. The tensor, module or attribute is named.
+            some that don't fit; networks without parameters, with lazy ones, parametrizations or hooks, with
+            parameters or modules that are not registered or held by a function, compiled or scripted ones; networks
+            that differ in a shape, type, device, layer, the layers' order, in what is tied, in the code of a class, in
+            an attribute (but for what can't be pickled) or a plain global that is read, or in a tensor that is
+            neither a parameter nor a batch-norm statistic. The tensor, module or attribute is named.
 
     >>> a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     >>> x = torch.ones(1, 2)
@@ -310,16 +353,18 @@ class WeightSum(nn.Module):
         mode with batch norm that has no statistics yet there is a warning, once.
 
         Raises:
-            ValueError: in the first pass of either mode, if a weight is computed from parameters in other than affine
-                steps, or a parameter takes part that is not registered.
+            ValueError: in the first pass of either mode, with and without gradients, if a weight is computed from
+                parameters in other than affine steps, a parameter takes part that is not registered, or activations are
+                checkpointed inside the network.
         """
         compiled = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()  # can't be followed,
-        follow = self.training not in self._proven and not (compiled or torch.is_inference_mode_enabled())  # nor this
+        mode = (self.training, torch.is_grad_enabled())
+        follow = mode not in self._proven and not (compiled or torch.is_inference_mode_enabled())  # nor this
         weights = self._weights(held) if follow else self.weights(held)
         with _Followed(weights, self.body, self._others, (args, kwargs)) if follow else nullcontext():
             out = functional_call(self.body, weights, args, kwargs)
         if follow:
-            self._proven.add(self.training)
+            self._proven.add(mode)
         if not (self.training or self._warned or compiled):
             self._warned = True  # or there is nothing to warn of; looked at once, for the host has to wait
             if any(not m.running_mean.any() and (m.running_var == 1).all() for m in self._norms()):
@@ -392,12 +437,12 @@ def compare_layers(a: nn.Module, b: nn.Module) -> list[dict]:
         ValueError: a layer that one network lacks, or whose shape differs; it is named.
     """
     kinds = _ConvNd | nn.Linear
-    layers = [{n: m.weight.double() for n, m in net.named_modules() if isinstance(m, kinds)} for net in (a, b)]
+    layers = [{n: m.weight for n, m in net.named_modules() if isinstance(m, kinds)} for net in (a, b)]
     check_alike(*({name: tuple(w.shape) for name, w in weights.items()} for weights in layers), 1)
     rows, last = [], [name.rpartition(".")[2] for name in layers[0]]
     for (name, weight), short in zip(layers[0].items(), last, strict=True):
-        wa, wb = weight.flatten(), layers[1][name].flatten()
+        wa, wb = (w.flatten().to(torch.promote_types(w.dtype, torch.double)) for w in (weight, layers[1][name]))
         norm_a, norm_b = wa.norm(), wb.norm()  # x / 0 is ∞, 0 / 0 is NaN
-        ratio, cosine = (norm_a / norm_b).item(), (wa @ wb / (norm_a * norm_b)).item()
+        ratio, cosine = (norm_a / norm_b).item(), (torch.vdot(wa, wb).real / (norm_a * norm_b)).item()
         rows.append({"layer": short if last.count(short) == 1 else name, "norm_ratio": ratio, "cosine": cosine})
     return rows

@@ -26,6 +26,7 @@ from weightsum_lib.study.train import autocast
 # per_task: training images of the tested task; presumes to know which task a test image is from
 # batch: the test batch's own, all of one task; needs many test images at once and presumes their task
 POLICIES = ("by_owner", "union", "summed", "per_task", "batch")
+_FEW = 8  # images on which a merger proves what it has made
 _FISHER_IMAGES = 200  # at most; each takes ten gradients
 _OF_KEYS = ("narrow", "only", "draw")  # fields that say something of random keys
 OWN = "own"  # of a network that is not summed: training images of its own task, whatever it is tested on
@@ -154,7 +155,8 @@ def centered(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
 
 def renamed(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """The plain sum, the classes of its last network renamed as in the task ``<dataset> renamed <shift>``."""
-    return plain(study, what, [*networks[:-1], merging.relabelled(networks[-1], torch.arange(10).roll(shift_of(what)))])
+    renaming, few = torch.arange(10).roll(shift_of(what)), normalize(calibration_images(study, what.tasks)[:_FEW])
+    return plain(study, what, [*networks[:-1], merging.relabelled(networks[-1], renaming, few)])
 
 
 def average(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
@@ -178,8 +180,9 @@ def zipit(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """ZipIt! on all tasks' training images; coefficients: the share of the layers, from the first on, α and β."""
     (share, alpha, beta), channels = what.coefficients, channels_of(what.members[0].config)
     found = list(_correlations(study, replace(what, coefficients=())).items())[: round(share * len(channels.sizes))]
-    networks, _ = _on_all_tasks(study, what, networks)
-    return merging.fold(networks, channels, {group: merging.zipped(like, alpha, beta) for group, like in found})
+    networks, images = _on_all_tasks(study, what, networks)
+    onto = {group: merging.zipped(like, alpha, beta) for group, like in found}
+    return merging.fold(networks, channels, onto, images[:_FEW])
 
 
 @functools.lru_cache(maxsize=1)  # several coefficients are tried; a few hundred megabytes
@@ -192,7 +195,8 @@ def stacked(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
     """The first layers summed, the others side by side, their logits added; coefficient: the share that is summed."""
     channels = channels_of(what.members[0].config)
     first = list(channels.sizes.items())[: round(what.coefficients[0] * len(channels.sizes))]
-    return merging.fold(networks, channels, {group: torch.eye(n).repeat(1, len(networks)) for group, n in first})
+    onto = {group: torch.eye(n).repeat(1, len(networks)) for group, n in first}
+    return merging.fold(networks, channels, onto, normalize(calibration_images(study, what.tasks)[:_FEW]))
 
 
 def signed(study: Study, what: Sum, networks: list[nn.Module]) -> nn.Module:
