@@ -1,6 +1,7 @@
 import copy
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -374,7 +375,8 @@ class Detector(nn.Module):
 def test_outputs_that_are_not_looked_into_and_casts_are_refused():
     with pytest.raises(ValueError, match="returns a Boxes, in which no tensor is looked for; return tensors"):
         hidden_channels(Detector(Boxes), torch.zeros(2, 3))
-    assert hidden_channels(Detector(lambda y: {"hidden": y, "n": 3}), torch.zeros(2, 3)).sizes == {}
+    for rest in (3, torch.float32, range(3), np.int64(3), None):
+        assert hidden_channels(Detector(lambda y, rest=rest: {"hidden": y, "n": rest}), torch.zeros(2, 3)).sizes == {}
     with pytest.raises(ValueError, match="does not compute a random example in float64, on the CPU"):
         hidden_channels(layers(nn.Linear(3, 6), Half(), nn.Linear(6, 4)), torch.zeros(2, 3))
 

@@ -109,10 +109,10 @@ def test_a_network_with_renamed_classes_is_one_trained_on_renamed_labels(dataset
     d = datasets["mnist"]
     labels = {f"{s}_labels": renaming[getattr(d, f"{s}_labels")] for s in ("train", "val", "test")}
     trained = train(config, datasets).networks["main"]
-    start = merging.relabelled(build(config).eval(), renaming, X)
+    start = merging.relabelled(build(config).eval(), renaming, X + 1)
     monkeypatch.setattr("weightsum_lib.study.train.build", lambda *_: copy.deepcopy(start))
     other = train(config, {"mnist": Dataset(**{**vars(d), **labels})}).networks["main"]
-    renamed = merging.relabelled(trained, renaming, X)
+    renamed = merging.relabelled(trained, renaming, X + 1)
     for name, p in other.named_parameters():
         torch.testing.assert_close(p, renamed.get_parameter(name), rtol=1e-3, atol=1e-5)
     assert not torch.equal(trained.classifier.fc3.weight, renamed.classifier.fc3.weight)
@@ -456,12 +456,11 @@ def test_fishers_that_give_no_mean_are_refused(wrong):
 @pytest.mark.parametrize("where", ["network", "part", "images", "none"])
 def test_networks_in_training_and_images_that_are_not_finite_are_refused(where):
     n, x = nn.Sequential(nn.Linear(3, 3), nn.RReLU(), nn.Linear(3, 2)).train(where == "network"), torch.ones(2, 3)
-    n.eval()[1].train(where in ("network", "part"))
+    n[1].train(where in ("network", "part"))
     x = {"images": x / 0, "none": x[:0]}.get(where, x)
     channels = hidden_channels(n, torch.ones(2, 3))
-    why = (
-        "expected images, all of finite numbers" if where in ("images", "none") else r"'1' of network 0 is in training"
-    )
+    why = {"network": "'2' of network 0 is in training", "part": "'1' of network 0 is in training"}
+    why = why.get(where, "expected one image or more, of finite numbers")
     for merge in (
         lambda: merging.regmean([n, n], [x, x]),
         lambda: merging.fisher_information(n, x),
@@ -486,17 +485,23 @@ def test_classes_of_a_last_layer_with_a_weight_of_its_own_are_renamed_alone():
 class Backwards(nn.Module):
     """The layer that gives the outputs is not the one that is registered last."""
 
-    def __init__(self):
+    def __init__(self, hidden):
         super().__init__()
-        self.classifier, self.features = nn.Linear(5, 5), nn.Linear(3, 5)
+        self.classifier, self.features = nn.Linear(hidden, 5), nn.Linear(3, hidden)
 
     def forward(self, x):
         return self.classifier(self.features(x).relu())
 
 
 def test_another_last_layer_than_that_of_the_outputs_is_not_renamed():
-    with pytest.raises(ValueError, match="outputs are not those of the linear layer that it has registered last"):
-        merging.relabelled(Backwards().eval(), torch.arange(5).roll(1), torch.randn(4, 3))
+    for hidden in (5, 6):
+        with pytest.raises(ValueError, match="outputs are not those of the linear layer that it has registered last"):
+            merging.relabelled(Backwards(hidden).eval(), torch.arange(hidden).roll(1), torch.randn(4, 3))
+    network = Backwards(5).eval()
+    for tensor in (network.features.bias, network.classifier.bias):
+        torch.nn.init.zeros_(tensor)
+    with pytest.raises(ValueError, match="expected one tensor that is not zero for the example, got a Tensor"):
+        merging.relabelled(network, torch.arange(5).roll(1), torch.zeros(4, 3))
 
 
 @pytest.mark.parametrize(
@@ -514,6 +519,19 @@ def test_networks_that_are_no_ensemble_side_by_side_are_not_folded(layers):
         merging.fold([a, b], hidden_channels(a, x), {}, x)
 
 
+class Two(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def test_networks_of_more_than_one_output_are_refused_where_one_is_compared():
+    network, x = Two(3, 3).eval(), torch.ones(2, 3)
+    with pytest.raises(ValueError, match="expected one tensor that is not zero for the example, got a tuple"):
+        merging.relabelled(network, torch.arange(3), x)
+    with pytest.raises(ValueError, match="got a tuple"):
+        merging.fold([network, network], hidden_channels(network, x), {}, x)
+
+
 def test_a_weight_of_two_layers_has_no_one_input_to_be_fitted():
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3)).eval()
     network[2].weight = network[0].weight
@@ -523,6 +541,13 @@ def test_a_weight_of_two_layers_has_no_one_input_to_be_fitted():
 
 def test_half_precision_is_merged_in_float32_and_rounded_once():
     start, a, b = (nn.Linear(20, 20).half().eval() for _ in range(3))
+    x = torch.randn(3, 20) / 100
+    torch.testing.assert_close(
+        merging.fisher_information(copy.deepcopy(a), x.half()),
+        merging.fisher_information(a.float(), x),
+        rtol=0.1,
+        atol=0,
+    )
     fishers = [1e-6 * torch.rand(420) for _ in "ab"]  # which float16 does not hold
     for wanted, merged in (
         (
@@ -536,7 +561,7 @@ def test_half_precision_is_merged_in_float32_and_rounded_once():
 
 @pytest.mark.parametrize("about", [{"keep": -0.5}, {"keep": 20}, {"scale": math.nan}])
 def test_a_share_and_a_scale_of_ties_are_ones(about):
-    with pytest.raises(ValueError, match="expected a share from 0 to 1 and a finite scale"):
+    with pytest.raises(ValueError, match="expected a share above 0, at most 1, and a finite scale"):
         merging.ties(_small(), [_small(), _small()], **about)
 
 
@@ -560,6 +585,6 @@ def test_an_average_takes_an_example_where_layers_of_other_libraries_may_compute
         merging.average([a, b])
     x = torch.ones(1, 3)
     assert torch.allclose(merging.average([a, b], x).w, (a.w + b.w) / 2)
-    assert torch.allclose(merging.task_arithmetic(a, [b, b], 1.0, x).w, 2 * b.w - a.w, atol=1e-6)
+    assert torch.allclose(merging.task_arithmetic(a, [b, b], example=x).w, 2 * b.w - a.w, atol=1e-6)
     assert torch.allclose(merging.regmean([a.eval(), b.eval()], [x, x]).w, (a.w + b.w) / 2)
-    assert torch.allclose(merging.fisher_average([a, b], [torch.ones(9)] * 2, None, x).w, (a.w + b.w) / 2)
+    assert torch.allclose(merging.fisher_average([a, b], [torch.ones(9)] * 2, example=x).w, (a.w + b.w) / 2)

@@ -1,11 +1,12 @@
 import collections
 import copy
+import logging
 import math
 import random
 import warnings
 import weakref
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial, wraps
 from types import SimpleNamespace
 
 import numpy as np
@@ -531,7 +532,7 @@ def test_a_weight_that_is_another_function_of_the_parameters_is_refused_by_name(
         with autocast(precision), pytest.raises(ValueError, match=f"computed from .*1.{named}.*not affine"):
             total(torch.randn(5, 4))
     for early in (total.weights, total.materialize):
-        with pytest.raises(ValueError, match=r"'1', a layer of another library.*call the sum on an example first"):
+        with pytest.raises(ValueError, match=r"'1' may compute its weight.*call the sum on an example first"):
             early()
 
 
@@ -1138,33 +1139,71 @@ def _patched(network):
     return torch.relu
 
 
-@pytest.mark.parametrize(
-    "own",
-    [
-        lambda network: _times(nn.Parameter(torch.randn(3, 3))),
-        lambda network: nn.Linear(3, 3),
-        lambda network: partial(F.linear, weight=nn.Parameter(torch.randn(3, 3))),
-        lambda network: lambda x: network.linear(x).relu(),
-        lambda network: weakref.ref(network.linear),
-        _patched,
-    ],
-)
-def test_a_parameter_that_no_copy_follows_is_refused_whatever_is_made_of_it(own):
-    pair, named = (
-        [_keeping(own)().eval() for _ in "ab"],
-        "'(own|forward)' of '' in network 0 holds a module or parameter",
-    )
+def _holding(weight):
+    def own(x):
+        return F.linear(x, own.weight)
+
+    own.weight = weight
+    return own
+
+
+ASTRAY = [
+    lambda network: _times(nn.Parameter(torch.randn(3, 3))),
+    lambda network: nn.Linear(3, 3),
+    lambda network: partial(F.linear, weight=nn.Parameter(torch.randn(3, 3))),
+    lambda network: lambda x: network.linear(x).relu(),
+    lambda network: _holding(network.linear.weight),
+    lambda network: {"a": network.linear}.__getitem__,
+    lambda network: lru_cache(network.linear),
+    _patched,
+]
+
+
+@pytest.mark.parametrize("own", ASTRAY)
+def test_a_parameter_that_no_copy_follows_wants_a_proof_and_is_refused_where_nothing_is_computed(own):
+    pair = [_keeping(own)().eval() for _ in "ab"]
     ways = [lambda n: random_signs(n, torch.Generator()), lambda n: relabelled(n, torch.arange(3), torch.ones(2, 3))]
-    for way in (*ways, lambda n: random_like(n, n), lambda n: ties(n, pair), lambda n: WeightSum(pair)):
-        with pytest.raises(ValueError, match=named):
+    for way in (*ways, lambda n: random_like(n, n), lambda n: ties(n, pair)):
+        with pytest.raises(ValueError, match="'' holds weights that are not registered, or in a function"):
             way(pair[0])
+    for way in (
+        average,
+        lambda n: WeightSum(n).materialize(),
+        lambda n: torch.func.vmap(WeightSum(n))(torch.ones(2, 3)),
+    ):
+        with pytest.raises(ValueError, match="'Net' may compute its weight, or with one that is not registered"):
+            way(pair)
+    takes_part = "takes part that the network has not registered"
+    if "getitem" not in str(pair[0].own):
+        with pytest.raises(ValueError, match=takes_part):
+            average(pair, torch.ones(2, 3))
+
+
+def _followed(network):
+    """What a copy follows, or what has no weights."""
+    network.method, network.layers, network.log = network.linear.forward, [network.linear], logging.getLogger("net")
+    network.act, network.optimizer = partial(torch.clamp, min=0), torch.optim.SGD(network.linear.parameters(), 0.1)
+    network.log.handlers[:] = [SimpleNamespace(level=0, stream={"another": nn.Linear(2, 2)})]
+    return partial(F.linear, weight=torch.eye(3))
 
 
 def test_what_a_copy_follows_is_summed():
-    pair, x = [_keeping(lambda network: partial(F.linear, weight=torch.eye(3)))() for _ in "ab"], torch.randn(2, 3)
-    for network in pair:
-        network.method, network.layers = network.own, [network.linear]
+    pair, x = [_keeping(_followed)() for _ in "ab"], torch.randn(2, 3)
     assert torch.allclose(average(pair)(x), by_hand(pair, [0.5, 0.5])(x))
+
+
+def _beside(network):
+    """Weights that are none of the network's and take no part."""
+    network.parent, network.best = [nn.Sequential(network)], [nn.Linear(3, 3)]
+    network.part_of, network.scaled = weakref.ref(network.parent[0]), lambda y: y * network.factor
+    return torch.relu
+
+
+def test_weights_that_take_no_part_are_no_hindrance():
+    pair, x = [_keeping(_beside)() for _ in "ab"], torch.randn(2, 3)
+    total = WeightSum(pair)
+    assert torch.allclose(total(x), by_hand(pair, [1, 1])(x))
+    assert torch.allclose(average(pair, x)(x), by_hand(pair, [0.5, 0.5])(x))
 
 
 def test_a_parameter_that_is_not_registered_is_refused_once_it_takes_part():
@@ -1197,6 +1236,7 @@ def test_a_checkpoint_inside_is_refused_and_one_around_the_sum_is_right(reentran
         assert torch.allclose(total(x), by_hand(pair, [1, 1])(x))
     with pytest.raises(ValueError, match="checkpoint the sum itself"):
         total(x)
+    assert torch.allclose(average(pair, x)(x), by_hand(pair, [0.5, 0.5])(x))
     plain = WeightSum([nn.Linear(3, 3), nn.Linear(3, 3)])
     checkpoint(plain, x, use_reentrant=False).sum().backward()
     assert torch.allclose(plain.networks[0].weight.grad, x.sum(0).expand(3, 3))
@@ -1220,31 +1260,40 @@ def test_sizes_that_a_layer_names_stay_where_no_tensor_changes_its_size():
     assert torch.equal(total.materialize()(x), total(x))
 
 
-def _other_cells():
-    """A class and a function that read what another cell, or another file, has set."""
-    for scale in (1.0, 2.0):
-        scope = {"nn": nn, "SCALE": scale}
-        source = "class Net(nn.Linear):\n    def forward(self, x):\n        return SCALE * nn.Linear.forward(self, x)\n"
+NET = "class Net(nn.Linear):\n    def forward(self, x):\n        return {} * nn.Linear.forward(self, x)\n"
+
+
+def _cells(*sources, name="Net"):
+    """What a cell, or a file, defines under a name, once for each text."""
+    for source in sources:
+        scope = {"nn": nn, "torch": torch, "__name__": "cell"}
         exec(compile(source, "cell", "exec"), scope)
-        yield scope["Net"](2, 2)
+        yield scope[name]
 
 
-def _other_helpers():
-    for name in ("relu", "tanh"):
-        scope = {"torch": torch}
-        exec(compile(f"class Act:\n    def __call__(self, x):\n        return torch.{name}(x)\n", "c", "exec"), scope)
-        yield Scaled(scale=1.0, act=scope["Act"]())
+def _nets(*sources):
+    return [net(2, 2) for net in _cells(*sources)]
+
+
+def _helped(*sources):
+    return [Scaled(scale=1.0, act=act()) for act in _cells(*sources, name="Act")]
+
+
+CALLED = "class Act:\n    def __call__(self, x):\n        return torch.{}(x)\n"
 
 
 @pytest.mark.parametrize(
     "pair",
     [
-        _other_cells(),
-        _other_helpers(),
-        (Scaled(scale=1.0, held=SimpleNamespace(t=torch.arange(4.0).view(shape))) for shape in ((1, 4), (4, 1))),
-        (Scaled(scale=1.0, held=SimpleNamespace(t=torch.zeros(1, dtype=t))) for t in (torch.float32, torch.int32)),
-        (Scaled(scale=1.0, held={held}) for held in ((0, 1), (1, 3))),
-        (Scaled(scale=1.0, held={np.int64(held)}) for held in (1, 5)),
+        _nets(*(f"SCALE = {k}\n" + NET.format("SCALE") for k in (1.0, 2.0))),
+        _nets(*(f"def scale():\n    return {k}\n" + NET.format("scale()") for k in (1.0, 2.0))),
+        _nets(*(f"SCALE = {k}\n" + NET.format("(lambda: SCALE)()") for k in (1.0, 2.0))),
+        _helped(CALLED.format("relu"), CALLED.format("tanh")),
+        _helped(*(f"class Of:\n    k = {k}\n\n\nclass Act(Of):\n    pass\n" for k in (1.0, 2.0))),
+        [Scaled(scale=1.0, held=SimpleNamespace(t=torch.arange(4.0).view(shape))) for shape in ((1, 4), (4, 1))],
+        [Scaled(scale=1.0, held=SimpleNamespace(t=torch.zeros(1, dtype=t))) for t in (torch.float32, torch.int32)],
+        [Scaled(scale=1.0, held={held}) for held in ((0, 1), (1, 3))],
+        [Scaled(scale=1.0, held={np.int64(held)}) for held in (1, 5)],
     ],
 )
 def test_a_difference_further_inside_is_refused(pair):
@@ -1252,6 +1301,26 @@ def test_a_difference_further_inside_is_refused(pair):
     WeightSum([a, copy.deepcopy(a)])
     with pytest.raises(ValueError, match=r"is .* in network 0 and .* in network 1"):
         WeightSum([a, b])
+
+
+KINDS = "class Q:\n    pass\n\n\ndef f(x):\n    return x\n\n\nclass Act:\n    def __init__(self):\n        self.kinds = {Q, f}\n"
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        _helped(KINDS, KINDS),
+        _nets(*(f"bias = {k}\n" + NET.format("self.bias") for k in (1.0, 2.0))),  # an attribute, and no global
+    ],
+)
+def test_what_reads_alike_and_is_defined_again_is_alike(pair):
+    WeightSum(pair)
+
+
+def test_of_two_classes_the_difference_is_named():
+    pair = _nets(NET.format(1), NET.format(2))
+    with pytest.raises(ValueError, match=r"'code of \.forward' is"):
+        WeightSum(pair)
 
 
 def test_backward_hooks_compiled_and_scripted_networks_are_refused():
@@ -1278,14 +1347,27 @@ class Normalized(Scaled):
         return F.linear(x, _normalized(self.linear))
 
 
-class Exponential(Scaled):
+class Wrapped(Scaled):
+    @wraps(Normalized.forward)
     def forward(self, x):
-        return F.linear(x, next(self.linear.parameters()).exp())
+        return F.linear(x, self.linear.weight.exp())
 
 
-@pytest.mark.parametrize("kind", [Normalized, Exponential])
+class Elsewhere(Scaled):
+    """Not a weight, but where the weights are."""
+
+    def forward(self, x):
+        return self.linear(x.to(next(self.parameters()).device))
+
+
+def test_to_ask_where_the_weights_are_wants_no_example():
+    pair = [Elsewhere(scale=1.0) for _ in "ab"]
+    assert torch.allclose(average(pair).linear.weight, (pair[0].linear.weight + pair[1].linear.weight) / 2)
+
+
+@pytest.mark.parametrize("kind", [Normalized, Wrapped])
 def test_a_weight_that_another_function_computes_wants_an_example(kind):
-    with pytest.raises(ValueError, match="may compute its weight; call the sum on an example first"):
+    with pytest.raises(ValueError, match=r"may compute its weight, .*; call the sum on an example first"):
         average([kind(), kind()])
     with pytest.raises(ValueError, match=r"a weight is computed from linear\.weight"):
         average([kind(), kind()], torch.ones(2, 3))
@@ -1308,7 +1390,7 @@ def test_each_mode_is_proven_for_itself():
 
 def test_under_inference_mode_nothing_is_proven_and_what_needs_a_proof_is_refused():
     with torch.inference_mode():
-        with pytest.raises(ValueError, match=r"'LowRank', a layer of another library.*nor under .*inference_mode"):
+        with pytest.raises(ValueError, match=r"'LowRank' may compute its weight.*nor under .*inference_mode"):
             WeightSum([LowRank(True), LowRank(True)])(torch.randn(5, 4))
         a, b = nn.Linear(3, 2), nn.Linear(3, 2)
         x = torch.randn(4, 3)
@@ -1327,7 +1409,7 @@ def test_parameters_in_a_container_are_proven_like_those_of_a_layer():
     pair = [Net(), Net()]
     with pytest.raises(ValueError, match=r"computed from low.A and low.B by mm"):
         WeightSum(pair)(torch.randn(2, 3))
-    with pytest.raises(ValueError, match=r"'low', a layer of another library"):
+    with pytest.raises(ValueError, match=r"'low' may compute its weight"):
         WeightSum(pair).materialize()
 
 

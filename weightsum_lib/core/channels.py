@@ -1,5 +1,6 @@
 """Hidden channels of a network: found by following its computation, then proven by permuting and widening them."""
 
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -52,7 +53,8 @@ def hidden_channels(network: nn.Module, example: Tensor) -> Channels:
             output = copied(x)
     except RuntimeError as error:
         raise ValueError(f"the network does not compute a random example in float64, on the CPU: {error}") from error
-    if odd := [leaf for leaf in tree_leaves(output) if not isinstance(leaf, Tensor | int | float | str | None)]:
+    others = [leaf for leaf in tree_leaves(output) if not isinstance(leaf, Tensor)]
+    if odd := [leaf for leaf in others if is_dataclass(leaf) or hasattr(leaf, "__dict__")]:
         what = f"the network returns a {type(odd[0]).__name__}, in which no tensor is looked for"
         raise ValueError(f"{what}; return tensors, or tuples, lists or dictionaries of them")
     outputs = [label for tensor in tensors_in(output) for label in trace.of(tensor)]

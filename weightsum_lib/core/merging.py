@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from weightsum_lib.core.alike import astray
 from weightsum_lib.core.keys import Channels, Key, check_channels, deal, embed, tensors_of, widen, with_tensors
 from weightsum_lib.core.weights import WeightSum, check_summable
 
@@ -41,22 +42,25 @@ def average(networks: Sequence[nn.Module], *example: Tensor) -> nn.Module:
     return _plain(WeightSum(networks, [1 / len(networks)] * len(networks)), example)
 
 
-def task_arithmetic(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, *example: Tensor) -> nn.Module:
+def task_arithmetic(
+    start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, *, example: Tensor | None = None
+) -> nn.Module:
     """start + scale · Σ (θᵢ − start), Ilharco et al. 2023; its batch-norm statistics are to be re-estimated.
 
     Args:
         start: from which all networks were trained.
         networks: those to merge.
         scale: factor on each difference.
-        example: see :func:`average`.
+        example: an argument of theirs, see :func:`average`.
     """
-    return _plain(WeightSum([start, *networks], [1 - scale * len(networks)] + [scale] * len(networks)), example)
+    total = WeightSum([start, *networks], [1 - scale * len(networks)] + [scale] * len(networks))
+    return _plain(total, () if example is None else (example,))
 
 
 def _plain(total: WeightSum, example: Sequence[Tensor]) -> nn.Module:
     """A sum as a plain network; on an example it proves that its weights are affine in the parameters."""
     if example:
-        with warnings.catch_warnings(action="ignore"):  # of statistics that it does not have yet
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():  # of statistics that it does not have yet
             total.eval()(*example)
     return total.materialize().eval()
 
@@ -73,7 +77,10 @@ def _fill(network: nn.Module, vector: Tensor) -> None:
 
 
 def _copied(network: nn.Module) -> nn.Module:
-    check_summable([network])  # else a copy may compute with the network's own weights
+    """A copy, whose parameters are all that it computes with."""
+    check_summable([network])
+    if (path := next(astray(network), None)) is not None:
+        raise ValueError(f"'{path}' holds weights that are not registered, or in a function; register them")
     return with_tensors(network, tensors_of(network))
 
 
@@ -83,11 +90,19 @@ def _check_evaluating(networks: Sequence[nn.Module], *inputs: Tensor) -> None:
             raise ValueError(f"'{training[-1]}' of network {i} is in training mode; call eval() on the network first")
     for x in inputs:
         if not len(x) or not x.isfinite().all():
-            raise ValueError(f"expected images, all of finite numbers, got {tuple(x.shape)} with others, or none")
+            raise ValueError(f"expected one image or more, of finite numbers; got {tuple(x.shape)}, NaN or infinity")
 
 
 def _is_tied(network: nn.Module, weight: Tensor) -> bool:
     return sum(p is weight for module in network.modules() for p in module._parameters.values()) > 1
+
+
+def _output(network: nn.Module, example: Tensor) -> Tensor:
+    """What a network answers, a tensor that says something; else an error."""
+    found = network(example)
+    if not isinstance(found, Tensor) or not found.any():
+        raise ValueError(f"expected one tensor that is not zero for the example, got a {type(found).__name__}")
+    return found
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
@@ -113,7 +128,7 @@ def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, ke
     """
     check_summable([start, *networks])
     if not (0 < keep <= 1 and abs(scale) < torch.inf):
-        raise ValueError(f"expected a share from 0 to 1 and a finite scale, got keep={keep}, scale={scale}")
+        raise ValueError(f"expected a share above 0, at most 1, and a finite scale, got keep={keep}, scale={scale}")
     merged = _copied(start).eval()
     origin, *ends = (_vector(n.parameters()) for n in (start, *networks))
     found = torch.stack(ends) - origin
@@ -285,7 +300,9 @@ def fold(networks: Sequence[nn.Module], channels: Channels, onto: Mapping[str, T
             what = f"each of the {keys[0].sizes[group]} channels of '{group}'"
             raise ValueError(f"a merge has {what} in one row of its matrix, got one of {tuple(matrix.shape)}")
     _readers(networks[0], channels)  # their first axis is what they compute, the second what they read
-    if _differ(side(example), sum(network(example) for network in networks)):
+    with warnings.catch_warnings(action="ignore"):  # of statistics that no network has
+        differ = _differ(side(example), sum(_output(network, example) for network in networks))
+    if differ:
         why = "something but the last layer acts on channels of no group, as a scalar, a gate or a softmax"
         raise ValueError(f"side by side the networks don't compute the sum of their outputs: {why}")
     side = side.materialize()
@@ -346,6 +363,9 @@ def random_signs(network: nn.Module, generator: torch.Generator) -> nn.Module:
     Args:
         network: left as it is.
         generator: of the signs, on the CPU.
+
+    Raises:
+        ValueError: a network with hooks, parametrizations, or weights that are not its parameters; it is named.
     """
     network = _copied(network)
     layers = {id(m.weight): m for m in network.modules() if isinstance(m, _ConvNd | nn.Embedding)}
@@ -426,7 +446,8 @@ def fisher_average(
     networks: Sequence[nn.Module],
     fishers: Sequence[Tensor],
     coefficients: Sequence[float] | None = None,
-    *example: Tensor,
+    *,
+    example: Tensor | None = None,
 ) -> nn.Module:
     """Fisher-weighted averaging, Matena and Raffel 2022: each weight counts as much as its network's output feels it.
 
@@ -436,7 +457,7 @@ def fisher_average(
         networks: of one architecture.
         fishers: Fᵢ, the :func:`fisher_information` of each.
         coefficients: λᵢ; by default equal.
-        example: see :func:`average`.
+        example: an argument of theirs, see :func:`average`.
 
     Returns:
         the merged network; its batch-norm statistics are to be re-estimated.
@@ -444,7 +465,8 @@ def fisher_average(
     Raises:
         ValueError: another number of fishers or coefficients than of networks, or weights that give no mean.
     """
-    merged, own = average(networks, *example), torch.stack([_vector(n.parameters()) for n in networks])
+    merged = average(networks, *(() if example is None else (example,)))
+    own = torch.stack([_vector(n.parameters()) for n in networks])
     factors = [1.0] * len(own) if coefficients is None else coefficients
     weights = torch.stack([c * f for c, f, _ in zip(factors, fishers, own, strict=True)])
     if weights.shape != own.shape or not (weights.sum(0) > 0).all() or not weights.isfinite().all():
@@ -472,7 +494,7 @@ def fisher_information(network: nn.Module, x: Tensor) -> Tensor:
     """
     _check_evaluating([network], x)
     parameters = dict(network.named_parameters())
-    total = [torch.zeros_like(p) for p in parameters.values()]
+    total = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in parameters.values()]
     if frozen := [name for name, p in parameters.items() if not p.requires_grad]:
         raise ValueError(f"'{frozen[0]}' requires no gradient, so nothing says how much it is felt; unfreeze it")
     for image in x.split(1):
@@ -480,7 +502,7 @@ def fisher_information(network: nn.Module, x: Tensor) -> Tensor:
         for log in likely:
             felt = torch.autograd.grad(log, [*parameters.values()], retain_graph=True, materialize_grads=True)
             for t, g in zip(total, felt, strict=True):
-                t.addcmul_(g, g, value=log.exp().item() / len(x))
+                t.addcmul_(g.to(t), g.to(t), value=log.exp().item() / len(x))
     total = _vector(total).clamp(min=1e-6)
     return total / total.norm()
 
@@ -492,6 +514,9 @@ def random_like(network: nn.Module, fresh: nn.Module) -> nn.Module:
     Args:
         network: gives the norm of every parameter tensor.
         fresh: untrained, gives the directions; left as it is. A tensor of zeros stays zeros.
+
+    Raises:
+        ValueError: ``fresh`` has hooks, parametrizations, or weights that are not its parameters; it is named.
     """
     fresh = _copied(fresh)
     for name, p in fresh.named_parameters():
@@ -525,6 +550,7 @@ def relabelled(network: nn.Module, permutation: Tensor, example: Tensor) -> nn.M
         raise ValueError(f"expected each of the {last.out_features} classes once, got {permutation.tolist()}")
     for tensor in last.parameters():
         tensor[permutation] = tensor.clone()
-    if _differ(renamed(example)[..., permutation], network(example)):
+    before, after = _output(network, example), renamed(example)
+    if after.shape[-1] != last.out_features or _differ(after[..., permutation], before):
         raise ValueError("the network's outputs are not those of the linear layer that it has registered last")
     return renamed

@@ -1,14 +1,11 @@
 """Arithmetic on the weights of networks of one architecture: the sum, and how two networks compare."""
 
-import gc
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from itertools import zip_longest
 from numbers import Real
-from types import CellType, CodeType, FunctionType, ModuleType
-from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +19,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from weightsum_lib.core.alike import MODULE, check_alike, entries, settings, tensors_with_roles
+from weightsum_lib.core.alike import check_alike, entries, settings, tensors_with_roles, unproven
 from weightsum_lib.core.keys import Key, check_channels, embed, tensors_in, tensors_of, with_tensors
 
 # Operations that are affine in all their tensors together, and those in each of two factors (after a bias, some).
@@ -33,8 +30,6 @@ _AFFINE = (
     "unsafe_split masked_fill scatter_add index_add diag_embed complex trace avg_pool2d _fft_r2c _fft_c2r _fft_c2c"
 )
 _BIASED = frozenset(("addmm", "addmv", "baddbmm"))
-_KNOWN = MODULE | {"_flat_weights", "_flat_weight_refs"}  # attributes that are followed; of recurrent layers
-_READ = {"parameters", "named_parameters", "get_parameter", "state_dict", "_parameters"}  # what may give a weight
 _PRODUCTS = _BIASED | {"mul", "mm", "bmm", "mv", "dot", "convolution"}
 
 
@@ -79,7 +74,6 @@ def check_summable(networks: Sequence[nn.Module]) -> None:
         if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
             raise ValueError(f"network {i} is scripted or traced, which hides what it computes; sum it before that")
         modules, tensors, kinds, names = {}, tensors_with_roles(network), {}, {}
-        registered = {*map(id, network.modules()), *map(id, network.parameters())}
         for name, (role, tensor) in tensors.items():
             if is_lazy(tensor):
                 raise ValueError(f"'{name}' of network {i} has no shape yet: call the network on an example first")
@@ -94,9 +88,6 @@ def check_summable(networks: Sequence[nn.Module]) -> None:
                 todo = "remove or merge first (remove_parametrizations, remove_weight_norm, prune.remove, materialize)"
                 what = f"'{path}' of network {i} is a sum, parametrized or compiled, or has a hook (forward"
                 raise ValueError(f"{what} (pre-)hook or backward); {todo}")
-            for name in (k for k, v in vars(module).items() if k not in _KNOWN and _unfollowed(v, registered)):
-                what = f"'{name}' of '{path}' in network {i} holds a module or parameter that is not registered, or"
-                raise ValueError(f"{what} in a function or weak reference, which no copy follows; make it a method")
         first = first or (kinds, modules, tensors)
         check_alike(first[0], kinds, i)
         for name, (role, tensor) in tensors.items():
@@ -104,52 +95,6 @@ def check_summable(networks: Sequence[nn.Module]) -> None:
             if not (same or entries(tensor) == entries(first[2][name][1])):
                 raise ValueError(f"'{name}', which is no parameter, differs between networks 0 and {i}; a sum has one")
         check_alike(first[1], modules, i)
-
-
-def _unproven(network: nn.Module) -> Iterator[str]:
-    """Paths of modules that may compute a weight: lists, and other libraries' that have parameters or name one's."""
-    last = {name.rpartition(".")[2] for name, _ in network.named_parameters()}
-    for path, module in network.named_modules():
-        others = [c for c in type(module).__mro__ if not c.__module__.startswith(("torch.nn.", "weightsum_lib."))]
-        own = module._parameters and (len(others) > 1 or "container" in type(module).__module__)  # besides object
-        if own or _names(others) & (last | _READ):
-            yield path
-
-
-def _names(classes: Sequence[type]) -> set[str]:
-    """What forward names, and what it may call of these classes, as far as their code says."""
-    found, todo, globals_ = set(), {"forward"}, {}
-    while new := todo - found:
-        found |= new
-        held = [vars(c)[name] for c in classes for name in new if name in vars(c)]
-        held = [getattr(f, "fget", None) or getattr(f, "__func__", f) for f in (*held, *map(globals_.get, new))]
-        held = [f for f in held if isinstance(f, FunctionType) and not str(f.__module__).startswith("torch.")]
-        codes = [f.__code__ for f in held]
-        globals_ |= {name: value for f in held for name, value in f.__globals__.items()}
-        while codes:
-            code = codes.pop()
-            todo |= {*code.co_names}
-            codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-    return found
-
-
-def _unfollowed(value: object, registered: set[int]) -> bool:
-    """Whether an attribute leads to a module or parameter that a deep copy of the network does not take along."""
-    todo, seen = [(value, True)], set()
-    while todo:
-        value, copied = todo.pop()
-        weighs = isinstance(value, nn.Module) and next(value.parameters(), None) is not None
-        if (weighs or isinstance(value, nn.Parameter)) and not (copied and id(value) in registered):
-            return True
-        if (id(value), copied) not in seen and not isinstance(value, type | ModuleType | nn.Module | Tensor | CodeType):
-            seen.add((id(value), copied))
-            inside = gc.get_referents(value)
-            if isinstance(value, FunctionType):
-                inside = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
-                inside += [value.__defaults__, value.__kwdefaults__]
-            inside = [value()] if isinstance(value, ReferenceType) else inside
-            todo += [(v, copied and not isinstance(value, FunctionType | ReferenceType)) for v in inside]
-    return False
 
 
 class _Followed(TorchDispatchMode):
@@ -247,11 +192,11 @@ class WeightSum(nn.Module):
 
     Raises:
         ValueError: fewer than two networks, something that is no module; another number of coefficients or keys, or
-            some that don't fit; networks without parameters, with lazy ones, parametrizations or hooks, with
-            parameters or modules that are not registered or held by a function, compiled or scripted ones; networks
-            that differ in a shape, type, device, layer, the layers' order, in what is tied, in the code of a class, in
-            an attribute (but for what can't be pickled) or a plain global that is read, or in a tensor that is
-            neither a parameter nor a batch-norm statistic. The tensor, module or attribute is named.
+            some that don't fit; networks without parameters, with lazy ones, parametrizations or hooks, compiled or
+            scripted ones; networks that differ in a shape, type, device, layer, the layers' order, in what is tied, in
+            the code of a class, in an attribute (but for what can't be pickled), in a global of its module that
+            forward reads, or in a tensor that is neither a parameter nor a batch-norm statistic. The tensor, module or
+            attribute is named.
 
     >>> a, b = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
     >>> x = torch.ones(1, 2)
@@ -268,8 +213,8 @@ class WeightSum(nn.Module):
         self.networks = nn.ModuleList(networks)
         self.coefficients = [1.0] * len(networks) if coefficients is None else [*coefficients]
         weighted_sum([{} for _ in networks], self.coefficients)  # checks them
-        # Layers of other libraries, and lists, may compute their weight. A forward pass proves otherwise, in each mode.
-        self._others = [*_unproven(networks[0])]
+        # Layers of other libraries, for example, may compute a weight. A forward pass in each mode proves otherwise.
+        self._others = [*unproven(networks[0])]
         self._proven, self._wide = set(), ()
         self.use_keys(keys)
 
@@ -343,7 +288,7 @@ class WeightSum(nn.Module):
         if self._others and not self._proven:
             todo = "call the sum on an example first, neither compiled nor under torch.func or inference_mode"
             layer = self._others[0] or type(self.networks[0]).__name__
-            raise ValueError(f"'{layer}', a layer of another library, may compute its weight; {todo}")
+            raise ValueError(f"'{layer}' may compute its weight, or with one that is not registered; {todo}")
         return self._weights(held)
 
     def forward(self, *args, held: Sequence[int] = (), **kwargs):
@@ -441,7 +386,8 @@ def compare_layers(a: nn.Module, b: nn.Module) -> list[dict]:
     check_alike(*({name: tuple(w.shape) for name, w in weights.items()} for weights in layers), 1)
     rows, last = [], [name.rpartition(".")[2] for name in layers[0]]
     for (name, weight), short in zip(layers[0].items(), last, strict=True):
-        wa, wb = (w.flatten().to(torch.promote_types(w.dtype, torch.double)) for w in (weight, layers[1][name]))
+        kind = torch.promote_types(torch.promote_types(weight.dtype, layers[1][name].dtype), torch.double)
+        wa, wb = weight.flatten().to(kind), layers[1][name].flatten().to(kind)
         norm_a, norm_b = wa.norm(), wb.norm()  # x / 0 is ∞, 0 / 0 is NaN
         ratio, cosine = (norm_a / norm_b).item(), (torch.vdot(wa, wb).real / (norm_a * norm_b)).item()
         rows.append({"layer": short if last.count(short) == 1 else name, "norm_ratio": ratio, "cosine": cosine})
