@@ -178,7 +178,8 @@ class WeightSum(nn.Module):
     its own: a sum has none to inherit, so they start at (0, 1); train it, or see
     :func:`~weightsum_lib.recalibrate`. Other buffers must be equal and are shared. ``train()`` and ``eval()`` switch
     the sum only, never a parent. What else the networks have is copied here: of later changes only those of parameters
-    are followed, and a state dict has neither coefficients nor keys.
+    are followed, and a state dict has neither coefficients nor keys. One thread at a time may call a sum; what
+    :meth:`materialize` gives is a plain network.
 
     That the networks are of one architecture is tested here. That their weights are their parameters is tested in the
     first forward pass: one that is a product or another non-affine function of parameters is refused. (What leaves
