@@ -15,12 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from weightsum_lib.core.keys import tensors_in
 
-_MODULE = frozenset(vars(nn.Module())) | {
-    "_compiled_call_impl",
-    "_is_torch_compile",
-}  # attributes that say nothing of its computation
+# attributes that say nothing of a module's own computation, and with them those of recurrent layers that are followed
+_MODULE = {*vars(nn.Module()), "_compiled_call_impl", "_is_torch_compile"}  # torch.compile leaves these behind
 _SIGNED_ZERO = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
-_KNOWN = _MODULE | {"_flat_weights", "_flat_weight_refs"}  # attributes that are followed; of recurrent layers
+_KNOWN = _MODULE | {"_flat_weights", "_flat_weight_refs"}
 _PLAIN = bool | int | float | complex | str | bytes | None | CodeType
 _AT = re.compile(r" at 0x\w+")  # in memory, in what Python writes of code
 
@@ -119,9 +117,7 @@ def _value(value: object, seen: dict) -> object:
             return [inner(value.__func__), inner(value.__self__)]
         if isinstance(value, FunctionType):
             cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-            read = {
-                name: held for name, held in _globals_read(value).items() if isinstance(held, _PLAIN | FunctionType)
-            }
+            read = {k: v for k, v in _globals_read(value).items() if isinstance(v, _PLAIN | FunctionType)}
             return [value.__code__, *map(inner, (value.__defaults__, value.__kwdefaults__, cells, read))]
         if isinstance(value, Mapping):
             return {str(key): inner(held) for key, held in value.items()}
