@@ -82,8 +82,7 @@ lab: setup  ## Open JupyterLab on the paired notebooks, the first of them open.
 test: setup  ## Check the style and run the tests.
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder \
-		--cov=weightsum_lib --cov-branch --cov-fail-under=90 --cov-report=term:skip-covered
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-hard: setup  ## Break it for real: kills, damage, rubbish, by the hundred (an hour).
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -m hard -n auto --dist loadfile
