@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -232,22 +233,19 @@ def correlations(networks: Sequence[nn.Module], channels: Channels, x: Tensor) -
     n, read = len(networks), {}
     total = {g: x.new_zeros(n * each + 1, n * each + 1, dtype=torch.float64) for g, each in channels.sizes.items()}
 
-    def record(number, group, each):
-        def hook(layer, inputs):  # (N, C, H, W), or (N, ..., C · each) of a linear layer
-            rows = inputs[0].movedim(1 if isinstance(layer, _ConvNd) else -1, -1).unflatten(-1, (-1, each))
-            read[number, group] = rows.transpose(-1, -2).flatten(0, -2).double()
-
-        return hook
+    def record(number, group, each, layer, inputs):  # (N, C, H, W), or (N, ..., C · each) of a linear layer
+        rows = inputs[0].movedim(1 if isinstance(layer, _ConvNd) else -1, -1).unflatten(-1, (-1, each))
+        read[number, group] = rows.transpose(-1, -2).flatten(0, -2).double()
 
     with ExitStack() as hooks:
         for number, network in enumerate(networks):
             for name, of in readers.items():
-                hooks.enter_context(network.get_submodule(name).register_forward_pre_hook(record(number, *of)))
+                hooks.enter_context(network.get_submodule(name).register_forward_pre_hook(partial(record, number, *of)))
         for part in x.split(100):
             for network in networks:
                 network(part)
             for group in total:
-                rows = [read[number, group] for number in range(len(networks))]
+                rows = [read[number, group] for number in range(n)]
                 rows = torch.cat([*rows, torch.ones_like(rows[0][:, :1])], 1)  # for their sums and their number
                 total[group].addmm_(rows.T, rows)
     for group, moments in total.items():
