@@ -15,10 +15,10 @@ from weightsum_lib.core.weights import WeightSum, check_summable
 
 
 def _assigned(similarity: Tensor) -> Tensor:
-    """Which column each row gets, so that the sum of their similarities is largest."""
+    """The row of each column, so that the sum of their similarities is largest."""
     from scipy import optimize  # here: all else in the core needs torch alone
 
-    return torch.from_numpy(optimize.linear_sum_assignment(similarity.cpu().numpy(), maximize=True)[1])
+    return torch.from_numpy(optimize.linear_sum_assignment(similarity.cpu().numpy(), maximize=True)[1]).argsort()
 
 
 class Ensemble(nn.Module):
@@ -165,27 +165,27 @@ def weight_matching(a: nn.Module, b: nn.Module, channels: Channels, seed: int = 
         shapes = [tuple(of[name].shape) if name in of else "missing" for of in (of_a, of_b)]
         if shapes[0] != shapes[1]:
             raise ValueError(f"'{name}' is {shapes[0]} in a and {shapes[1]} in b, which must be of one architecture")
-    order = {group: torch.arange(size) for group, size in channels.sizes.items()}  # channel of b that takes each place
+    places = {group: torch.arange(size) for group, size in channels.sizes.items()}  # of b's channels, among those of a
     generator = torch.Generator().manual_seed(int(seed))
 
     def similarity(group: str) -> Tensor:
-        """Inner products of each channel of a with each of b, all other groups as they are ordered now."""
-        now = Key(channels, {g: taken.argsort() for g, taken in order.items()}, channels.sizes)
+        """Inner products of each channel of a with each of b, all other groups as they are placed now."""
+        now = Key(channels, places, channels.sizes)
         total = torch.zeros(channels.sizes[group], channels.sizes[group], dtype=torch.float64)
         for name, axis in [(n, axis) for n in of_b for axis, its, _ in channels.axes[n] if its == group]:
             moved = embed({name: of_b[name]}, now)[name]
             rows = [w.movedim(axis, 0).reshape(len(total), -1) for w in (of_a[name], moved)]
-            total += (rows[0] @ rows[1][now.positions[group]].T).cpu()  # this axis back in the order of b
+            total += (rows[0] @ rows[1][places[group]].T).cpu()  # this axis back in the order of b
         return total
 
     for _ in range(sweeps):
-        before = dict(order)
-        for i in torch.randperm(len(order), generator=generator).tolist():
-            group = list(order)[i]
-            order[group] = _assigned(similarity(group))
-        if all(torch.equal(taken, before[group]) for group, taken in order.items()):
+        before = dict(places)
+        for i in torch.randperm(len(places), generator=generator).tolist():
+            group = list(places)[i]
+            places[group] = _assigned(similarity(group))
+        if all(torch.equal(its, before[group]) for group, its in places.items()):
             break
-    return widen(b, Key(channels, {group: taken.argsort() for group, taken in order.items()}, channels.sizes))
+    return widen(b, Key(channels, places, channels.sizes))
 
 
 @torch.no_grad()
@@ -205,8 +205,8 @@ def activation_matching(a: nn.Module, b: nn.Module, channels: Channels, x: Tenso
         ValueError: see :func:`correlations`.
     """
     found = correlations([a, b], channels, x)
-    taken = {group: _assigned(c[: len(c) // 2, len(c) // 2 :]) for group, c in found.items()}
-    return widen(b, Key(channels, {group: order.argsort() for group, order in taken.items()}, channels.sizes))
+    places = {group: _assigned(c[: len(c) // 2, len(c) // 2 :]) for group, c in found.items()}
+    return widen(b, Key(channels, places, channels.sizes))
 
 
 @torch.no_grad()
