@@ -77,9 +77,9 @@ def _fill(network: nn.Module, vector: Tensor) -> None:
         p.copy_(part.view_as(p))
 
 
-def _copied(network: nn.Module) -> nn.Module:
-    """A copy, whose parameters are all that it computes with."""
-    check_summable([network])
+def _copied(network: nn.Module, *alike: nn.Module) -> nn.Module:
+    """A copy, whose parameters are all that it computes with; other networks of its architecture must be ``alike``."""
+    check_summable([network, *alike])
     if (path := next(astray(network), None)) is not None:
         raise ValueError(f"'{path}' holds weights that are not registered, or in a function; register them")
     return with_tensors(network, tensors_of(network))
@@ -127,10 +127,9 @@ def ties(start: nn.Module, networks: Sequence[nn.Module], scale: float = 1.0, ke
     Raises:
         ValueError: networks of different architectures, what differs is named; a share or scale that is none.
     """
-    check_summable([start, *networks])
     if not (0 < keep <= 1 and abs(scale) < torch.inf):
         raise ValueError(f"expected a share above 0, at most 1, and a finite scale, got keep={keep}, scale={scale}")
-    merged = _copied(start).eval()
+    merged = _copied(start, *networks).eval()
     origin, *ends = (_vector(n.parameters()) for n in (start, *networks))
     found = torch.stack(ends) - origin
     smallest = found.abs().sort(descending=True).values[:, [max(1, round(keep * len(origin))) - 1]]
