@@ -145,15 +145,13 @@ def compact(keys: Sequence[Key]) -> list[Key]:
     Raises:
         ValueError: keys for wide networks of different sizes.
     """
-    positions, sizes = [{} for _ in keys], {}
     if other := [key.sizes for key in keys if key.sizes != keys[0].sizes]:
         raise ValueError(f"keys of one sum are for one wide network, got {keys[0].sizes} and {other[0]}")
-    for group, wide in keys[0].sizes.items():
-        used = torch.cat([key.positions[group] for key in keys]).unique()
-        sizes[group] = min(sum(len(key.positions[group]) for key in keys), wide)
-        for packed, key in zip(positions, keys, strict=True):
-            packed[group] = torch.searchsorted(used, key.positions[group])
-    return [Key(key.channels, packed, sizes) for packed, key in zip(positions, keys, strict=True)]
+    taken = {group: torch.cat([key.positions[group] for key in keys]) for group in keys[0].sizes}
+    sizes = {group: min(len(taken[group]), wide) for group, wide in keys[0].sizes.items()}
+    used = {group: positions.unique() for group, positions in taken.items()}
+    packed = [{g: torch.searchsorted(used[g], numbers) for g, numbers in key.positions.items()} for key in keys]
+    return [Key(key.channels, positions, sizes) for key, positions in zip(keys, packed, strict=True)]
 
 
 def overlap(a: Key, b: Key) -> dict[str, float]:
