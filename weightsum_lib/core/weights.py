@@ -242,14 +242,13 @@ class WeightSum(nn.Module):
             tensors = tensors_of(network)
             if wide:
                 check_channels(network, keys[0].channels)
-                roles = {name: role for name, (role, _) in tensors_with_roles(network).items()}
-                for name, axes in wide[0].items():
-                    if axes and roles[name] == "constant":
+                for name, (role, _) in tensors_with_roles(network).items():
+                    if role == "constant" and wide[0].get(name):
                         raise ValueError(f"'{name}' can't be shared under keys: it runs over hidden channels")
                 tensors = embed(tensors, keys[0])
-            self.body = with_tensors(network, tensors).train(self.training)  # the computation, and the statistics
-            for parameter in self.body.parameters():  # weights are given anew at each call, so it keeps none
-                parameter.requires_grad_(False)
+            # the computation, and the statistics; weights are given anew at each call, so it keeps none
+            self.body = with_tensors(network, tensors).train(self.training).requires_grad_(False)
+            for parameter in self.body.parameters():
                 parameter.data = parameter.new_empty(0)
         self._wide, self._warned, self.keys = wide, False, keys
         self._place_keys()
