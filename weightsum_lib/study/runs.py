@@ -168,10 +168,8 @@ class Study:
 
     def parents(self, config: RunConfig) -> list[RunConfig]:
         """The independent runs that a sequential run starts from."""
-        if config.method.protocol != "sequential" or config.start == "random":
-            return []
-        alone = self.alone(config)
-        return [alone] + ([replace(alone, main=config.support)] if config.start == "sum" else [])
+        starts = {"random": [], "main": [config.main], "sum": [config.main, config.support]}
+        return [replace(self.alone(config), main=name) for name in starts[config.start]]
 
     def content(self, config: RunConfig) -> dict:
         """The :func:`run_content` of a run here."""
