@@ -27,9 +27,8 @@ def queue(study: Study) -> list[RunConfig]:
         cases += (case for each in beside.all_cases(study) for case in each)
     for method, seed, networks in wanted:
         if p.method(method).protocol == "sequential":
-            starts = [study.config(method, *pair, seed, start) for pair in pairs for start in measure.STARTS]
+            found += [study.config(method, *pair, seed, start) for pair in pairs for start in measure.STARTS]
         else:
-            starts = [member.config for member in measure.members(study, method, networks, seed)]
-        found += [(seed, config) for config in starts]
-    found += [(case.seed, member.config) for case in cases for member in case.what.members]
-    return list(dict.fromkeys(config for _, config in sorted(found, key=lambda each: each[0])))
+            found += [member.config for member in measure.members(study, method, networks, seed)]
+    found += [member.config for case in cases for member in case.what.members]
+    return sorted(dict.fromkeys(found), key=lambda config: config.seed)
