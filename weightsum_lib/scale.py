@@ -18,6 +18,7 @@ WAYS = {  # where jobs are done: how many at once, and the address of a cluster
     "a cluster of one local worker": (1, "local:1"),
     "a cluster of two local workers": (2, "local:2"),
 }
+_JOBS, _QUEUED = 1000, 10_000  # jobs of a millisecond, by which their overhead is measured; runs that wait, the memory
 
 
 def chains(study: runs.Study) -> tuple[float, float]:
@@ -69,22 +70,15 @@ def memory(queued: int) -> float:
     return taken / queued / 2**10
 
 
-def cluster(device: str, jobs: int = 1000, queued: int = 10_000, **smaller) -> dict:
-    """Results as the book reads them.
-
-    Args:
-        device: where the rate of work is measured, "cpu" or "cuda".
-        jobs: of a millisecond, by whose time the overhead of one is measured.
-        queued: runs that wait, by which the caller's memory is.
-        smaller: knobs of the ``smoke`` profile that is trained.
-    """
+def cluster(device: str) -> dict:
+    """Results as the book reads them; the rate of work is measured on a device, "cpu" or "cuda"."""
     known = {"allow_standin": [*params.DATASETS], "data_dir": "", "train_images": 2500, "device": device}
     full = runs.Study(params.read("full", known))
     one, (work, chain) = plan.queue(full)[0], chains(full)
     rate = runs.work(one) / full.hours(one)  # of an hour
-    frames = {"ways": gained(jobs, **smaller), "full": on([2**i for i in range(7)], work / rate, chain / rate)}
-    values = {"device": full.device_name(), "precision": full.precision, "run": one.describe(), "jobs": jobs}
-    values |= {"queued": queued, "memory": memory(queued), "runs": len(full.with_parents(plan.queue(full)))}
+    frames = {"ways": gained(_JOBS), "full": on([2**i for i in range(7)], work / rate, chain / rate)}
+    values = {"device": full.device_name(), "precision": full.precision, "run": one.describe(), "jobs": _JOBS}
+    values |= {"queued": _QUEUED, "memory": memory(_QUEUED), "runs": len(full.with_parents(plan.queue(full)))}
     values |= {"work": work / 1e18, "rate": rate / 3600e12}  # EFLOP, TFLOP/s
     values |= {"hours": work / rate, "chain": chain / rate, "most": work / chain}
     return {"notebook": "scale", "values": values, "tables": {k: tables.as_json(f) for k, f in frames.items()}}
