@@ -326,6 +326,15 @@ def test_how_many_networks_are_trained_at_once(tmp_path, monkeypatch, asked, gib
     assert study.notebooks_at_once() == 1
 
 
+@pytest.mark.parametrize("gib, networks", [(7, 1), (8, 2), (64, 4)])
+def test_networks_that_are_narrower_than_their_profile_are_reckoned_as_what_they_are(monkeypatch, gib, networks):
+    monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)
+    monkeypatch.setattr(pool, "memory", lambda: gib << 30)
+    p = params.read("residual", {"device": "cpu"})
+    assert p.width == 4 * max(m.network_width * p.width for m in p.methods.values())
+    assert Study(p).at_once() == networks
+
+
 def test_a_sum_of_many_networks_has_room_where_it_is_measured(tiny, monkeypatch):
     study, found = Study(replace(tiny, width=0.5, networks_at_once=0)), []
     monkeypatch.setattr(runs.joblib, "cpu_count", lambda: 8)

@@ -107,7 +107,8 @@ class Study:
         self.params = params
         self.device = pick_device(params.device)
         self.precision = pick_precision(self.device, params.precision)
-        self._worker = int(_WORKER * max(0.5, params.width))
+        widest = max(method.network_width for method in params.methods.values())  # narrower than the profile in some
+        self._worker = int(_WORKER * max(0.5, params.width * min(1, widest)))
         self.commit = store.commit()  # now: the code that runs was imported just before
         # relative folders are the repository's, wherever the notebook runs
         self.results = store.ROOT / params.results_dir
