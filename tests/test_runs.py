@@ -298,6 +298,20 @@ def test_progress_goes_to_the_terminal_after_what_the_runner_puts_before_it(capf
     assert capfd.readouterr().err == "a line\n  a notebook: a line\n"
 
 
+def test_the_time_left_is_that_of_what_is_left_also_where_a_run_was_resumed(tmp_path, monkeypatch):
+    """Two runs of ten epochs, of which the first goes on after its fifth; a minute a unit of work."""
+    said, done = [], tmp_path / "done"
+    monkeypatch.setattr(pool, "report_progress", said.append)
+    for number, epoch, minutes in (("1/2", 6, 1), ("2/2", 1, 2), ("1/2", 7, 3)):
+        monkeypatch.setattr(pool.time, "time", lambda minutes=minutes: 60.0 * minutes)
+        about = {"run": f"run {number} of it", "epochs": 10, "work": 1.0}
+        pool.say_epoch(20.0, str(done), 0.0, about, {"epoch": epoch, "seconds": 60.0})
+    assert [line.rpartition("about ")[2] for line in said] == ["14.0 min left", "13.0 min left", "12.0 min left"]
+    done.write_text('["run 1/2 of it", ')  # another process has not written all of its line
+    pool.say_epoch(20.0, str(done), 0.0, about, {"epoch": 8, "seconds": 60.0})
+    assert said[-1].endswith("about 36.0 min left")
+
+
 @pytest.mark.parametrize(
     "asked, gib, on_cpu, on_gpu, pages, width",
     [

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import math
 import os
@@ -202,18 +203,19 @@ def say_epoch(work: float, done: str, started: float, about: dict, row: dict) ->
 
     Args:
         work: of the whole queue.
-        done: a file with a line for what is done of it.
+        done: a file with a line for each epoch that has ended since it was begun.
         started: when the queue was begun (``time.time``).
         about: ``run``, in words; its ``epochs``; the ``work`` of one.
         row: of the epoch (:func:`weightsum_lib.study.train.train`).
     """
-    finished = about["work"]
-    with contextlib.suppress(OSError), open(done, "a+", encoding="utf-8") as file:  # a full disk stops no training
-        file.write(f"{finished}\n")
-        file.flush()
+    ended = [(about["run"], row["epoch"], about["work"])]
+    # a full disk stops no training, nor does a line that another process has half written
+    with contextlib.suppress(OSError, ValueError), open(done, "a+", encoding="utf-8") as file:
+        print(json.dumps(ended[0]), file=file, flush=True)
         file.seek(0)
-        finished = sum(map(float, file))
-    left = (time.time() - started) / finished * max(work - finished, 0)
+        ended = [json.loads(line) for line in file]
+    behind = {run: epoch * each for run, epoch, each in ended}  # also what was done before it was resumed
+    left = (time.time() - started) / sum(each for *_, each in ended) * max(work - sum(behind.values()), 0)
     losses = " ".join(f"{k.removeprefix('loss_')} {v:.3f}" for k, v in row.items() if k.startswith("loss_"))
     values = " ".join(f"{k.removeprefix('val_')} {v:.1f}" for k, v in row.items() if k.startswith("val_"))
     report_progress(
