@@ -37,7 +37,7 @@ HEADINGS = {  # of levels and columns; what is not here is written as it is call
     "loudness": "Lost to loudness (points)",
     "interference": "Lost to interference (points)",
     "confidence": "The other network's confidence (%)",
-    "gap_full": "Below `independent` (points)",
+    "gap_full": "Below independent (points)",
     "gap_size": "Below its size (points)",
     "worst": "Kept in the worst draw (%)",
     "spread": "Spread of kept over draws (points)",
