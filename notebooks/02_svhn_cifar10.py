@@ -37,9 +37,7 @@ p = params.from_notebook(globals())  # to explore the networks that `make all` t
 study = Study(p)
 plots.use_style()
 main_title, support_title = tables.title(MAIN), tables.title(SUPPORT)
-every_policy = tables.wide(
-    measure.frame(study, measure.pairs(study, MAIN, SUPPORT)), own={MAIN: "main", SUPPORT: "support"}
-)
+every_policy = tables.wide(measure.frame(study, measure.pairs(study, MAIN, SUPPORT)))
 sums = every_policy.xs("per_task", level="policy")
 summary = tables.summarize(sums, ["method", "tested"])
 on_main, on_support = (summary.xs(name, level="tested") for name in (MAIN, SUPPORT))

@@ -111,11 +111,11 @@ def test_before_and_after_are_what_a_hand_made_sum_measures(study, pairs):
     about = {"method": "joint ce"}
     total = percent(study, WeightSum([main, support]), "mnist", mnist)
     assert one(pairs, **about, policy="per_task", network="sum", tested="mnist") == total
-    alone = {"network": "main", "tested": "mnist"}
+    alone = {"network": "mnist", "tested": "mnist"}
     assert one(pairs, **about, policy="own", **alone) == percent(study, main, "mnist", mnist)
     photos = calibration(study, "cifar10")
     for name in ("mnist", "cifar10"):  # under its own statistics on either
-        about_support = {**about, "policy": "own", "network": "support"}
+        about_support = {**about, "policy": "own", "network": "cifar10"}
         assert one(pairs, **about_support, tested=name) == percent(study, support, name, photos)
     batch = one(pairs, method="joint ce", policy="summed", network="sum", tested="mnist")
     assert batch == percent(study, WeightSum([main, support]).add_statistics(), "mnist")
@@ -125,7 +125,7 @@ def test_every_row_of_the_profile_is_measured_under_every_policy_that_fits_it(st
     sequential = [f"sequential, from {start}" for start in ("the sum", "θ_main", "random weights")]
     wanted = [m for row in study.params.rows for m in (sequential if row == "sequential" else [row])]
     assert list(dict.fromkeys(pairs["method"])) == wanted
-    of_main = {"network": "main", "tested": "mnist", "policy": "own"}
+    of_main = {"network": "mnist", "tested": "mnist", "policy": "own"}
     before = [one(pairs, method=m, **of_main) for m in sequential]
     assert before == [one(pairs, method="independent", **of_main)] * 3
     for frame, rows in ((pairs, wanted[3:]), (strangers, [r for r in study.params.rows if r != "sequential"])):

@@ -37,8 +37,8 @@ def strangers(method, seed, policy="union", mnist=98.0, svhn=80.0, kept=0.5, dra
 
 
 def pair(method, seed, before, after, support=60.0):
-    rows = [("main", "mnist", before), ("sum", "mnist", after), ("support", "cifar10", support)]
-    rows += [("support", "mnist", 9.0), ("main", "cifar10", 11.0), ("sum", "cifar10", 30.0)]
+    rows = [("mnist", "mnist", before), ("sum", "mnist", after), ("cifar10", "cifar10", support)]
+    rows += [("cifar10", "mnist", 9.0), ("mnist", "cifar10", 11.0), ("sum", "cifar10", 30.0)]
     return [measured(method, seed, *row, policy="per_task" if row[0] == "sum" else "own") for row in rows]
 
 
@@ -46,12 +46,11 @@ PAIRS = pd.DataFrame(
     [row for s in range(3) for row in pair("independent", s, 98.0 + s, 12.0 + s)]
     + [row for s in range(3) for row in pair("joint ce", s, 98.0, 97.0 + s / 2, 56.0)]
 )
-OWN = {"mnist": "main", "cifar10": "support"}
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    return tables.wide(PAIRS, OWN)
+    return tables.wide(PAIRS)
 
 
 def on_mnist(rows):
@@ -167,7 +166,7 @@ def test_the_finding_on_a_pair_turns_with_the_numbers(pairs):
     text = findings.of_pair(on_mnist(pairs), pairs, "yes", "MNIST")
     assert text.startswith("Trained to be added, the sum keeps the skill: it reads 97.5") and "alone? yes)" in text
     assert "trained apart loses the skill: 13.0" in text
-    worse = tables.wide(PAIRS.assign(accuracy=PAIRS["accuracy"].where(PAIRS["network"] != "sum", 15.0)), OWN)
+    worse = tables.wide(PAIRS.assign(accuracy=PAIRS["accuracy"].where(PAIRS["network"] != "sum", 15.0)))
     text = findings.of_pair(on_mnist(worse), worse, "no", "MNIST")
     assert "alone? no)" in text and "the sum loses the skill" in text
     assert (
@@ -181,12 +180,12 @@ def test_the_finding_on_a_pair_turns_with_the_numbers(pairs):
         for s in range(3)
         for row in pair(f"sequential, from {start}", s, 98.0, after[s])
     ]
-    rows = tables.wide(pd.concat([PAIRS, pd.DataFrame(tuned)]), OWN)
+    rows = tables.wide(pd.concat([PAIRS, pd.DataFrame(tuned)]))
     text = findings.of_pair(on_mnist(rows), rows.xs("mnist", level="tested"), "yes", "MNIST")
     assert "Fine-tuned for as many steps, that sum reads 14.0" in text
     assert "−2.0 (−4.5 to 0.5) points more (−: less) than its MNIST network" in text.replace("\N{NO-BREAK SPACE}", " ")
     assert "2.0 (−0.5 to 4.5) than random weights" in text.replace("\N{NO-BREAK SPACE}", " ")
-    one = tables.wide(PAIRS[PAIRS["seed"] == 0], OWN)
+    one = tables.wide(PAIRS[PAIRS["seed"] == 0])
     assert findings.of_pair(on_mnist(one), one, "yes", "MNIST").startswith(
         "In the one seed, trained to be added, the sum"
     )

@@ -115,7 +115,7 @@ def title(name: str) -> str:
     return " ".join(DATASETS.get(word, word) for word in name.split(" "))
 
 
-def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFrame:
+def wide(frame: pd.DataFrame) -> pd.DataFrame:
     """The long frame with a row for each sum on each tested task, and what it is compared with beside it, in percent.
 
     Columns: ``after``, the sum, with the standard error of its ``sampling`` and how many of the tested task's channels
@@ -128,9 +128,8 @@ def wide(frame: pd.DataFrame, own: Mapping[str, str] | None = None) -> pd.DataFr
 
     Args:
         frame: see :mod:`weightsum_lib.study.measure`; further columns become levels of the index.
-        own: tested dataset to the network that was trained for it; by default they have the same name.
     """
-    alone = frame["network"] == frame["tested"].replace(own or {})
+    alone = frame["network"] == frame["tested"]
     roles = frame["network"].map(_ROLES).fillna(alone.map({True: "before", False: "other"}))
     frame = frame.assign(role=roles, as_trained=frame["policy"] == "summed")
     by = [c for c in frame if c not in ("network", "role", "accuracy", "confidence", "sampling", "shared")]

@@ -1,10 +1,11 @@
 """What networks and their sums can do: each is described by a value and measured once, in rows of one long frame.
 
 The frame is long: ``task``, ``method``, ``seed``, ``policy`` (of the batch-norm statistics; "own": those of the
-network's own task), ``network`` (what is tested), ``tested`` (on what), ``split``; of a sum under random keys ``share``
-(k, of its channels that each network has), ``narrow`` (:class:`~weightsum_lib.study.sums.Sum`) and ``draw``; and what
-is measured, in percent: ``accuracy``, its standard error ``sampling`` for other images of the task, ``confidence``, the
-mean largest probability, and ``shared``, how many of the channels of the tested task's network others use too.
+network's own task), ``network`` (what is tested; a network alone has its task's name), ``tested`` (on what), ``split``;
+of a sum under random keys ``share`` (k, of its channels that each network has), ``narrow``
+(:class:`~weightsum_lib.study.sums.Sum`) and ``draw``; and what is measured, in percent: ``accuracy``, its standard
+error ``sampling`` for other images of the task, ``confidence``, the mean largest probability, and ``shared``, how many
+of the channels of the tested task's network others use too.
 """
 
 import base64
@@ -141,20 +142,20 @@ STARTS = {"sum": "the sum", "main": "θ_main", "random": "random weights"}
 def pairs(study: Study, main: str, support: str) -> Iterator[Case]:
     """Tasks 1 and 2, every row of the profile: θ_main and θ_support on both tasks, and their sum, under every policy.
 
-    ``sequential`` is three methods, one for each start; its network "sum" is the fine-tuned one, its "main" is θ_main
-    before the sum.
+    ``sequential`` is three methods, one for each start; its network "sum" is the fine-tuned one, beside θ_main before
+    the sum.
     """
     task, both = "1" if main == "mnist" else "2", (main, support)
     for method, seed in _rows(study):
         if study.params.method(method).protocol == "sequential":
             for start, words in STARTS.items():
                 config, label = study.config(method, main, support, seed, start), f"{method}, from {words}"
-                yield Case(task, label, seed, "main", alone(Member(study.alone(config))), OWN, (main,))
+                yield Case(task, label, seed, main, alone(Member(study.alone(config))), OWN, (main,))
                 yield Case(task, label, seed, "sum", alone(Member(config)), "per_task", both)
             continue
         pair = pair_members(study, method, main, support, seed)
-        for name, member in zip(("main", "support"), pair, strict=True):
-            yield Case(task, method, seed, name, alone(member), OWN, both)
+        for member in pair:
+            yield Case(task, method, seed, member.task, alone(member), OWN, both)
         total = keyed(study, method, pair)
         for policy in policies_of(study.params, method):
             yield Case(task, method, seed, "sum", total, policy, both)
