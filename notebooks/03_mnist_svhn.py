@@ -52,11 +52,11 @@ policy = {m: measure.headline_policy(p, m) for m in p.rows}
 every_policy = tables.wide(measure.frame(study, measure.strangers(study, FIRST, SECOND)))
 levels = every_policy.index.to_frame()
 sums = every_policy[levels["policy"] == levels["method"].map(policy)]
-summary = tables.summarize(sums, ["method", "policy", "tested"])
+summary = tables.summarize(sums, ["method", "tested"])
 margins = {FIRST: 1.0, SECOND: 1.0}  # points that a network may be worse than alone, and still count
 of_own_images = every_policy.xs("union", level="policy")  # beside which networks alone have statistics of their task's
 counted = {m: findings.counts(of_own_images, m, p.twin(m), margins) for m in summary.index.unique("method")}
-finding = findings.of_strangers(summary.droplevel("policy"), counted)
+finding = findings.of_strangers(summary, counted)
 Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data())}")
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Ten example images of each dataset on this page, one of each class, in rows; stand-ins are marked."}}
@@ -77,7 +77,7 @@ plots.examples(shown, "What the networks see: a test image of each class", p.in_
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every method, test accuracy of the task's own network, of the sum, and of the other task's network as a control; the dotted line is chance. The tables below hold the same numbers."}}
 keyed, dense = (
-    " and ".join(f"{cell.mean:.1f} % of {tables.title(name)}" for (_, name), cell in summary.loc[m, "after"].items())
+    " and ".join(f"{cell.mean:.1f} % of {tables.title(name)}" for name, cell in summary.loc[m, "after"].items())
     for m in (RANDOM, TRAINED)
 )
 plots.before_after(summary, f"Never met: random keys read {keyed}, dense {TRAINED} {dense}")
@@ -93,8 +93,7 @@ plots.before_after(summary, f"Never met: random keys read {keyed}, dense {TRAINE
 # %% tags=["hide-input"]
 summary["counts"] = summary.index.get_level_values("method").map(counted)
 columns = ["before", "after", "kept", "worst", "other", "renamed", "counts"]
-shown = summary.droplevel("policy")
-of_task = {name: tables.table(shown.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
+of_task = {name: tables.table(summary.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
 MARKED = [TRAINED, RANDOM, DISJOINT]
 tables.shown(of_task[FIRST], f"On {tables.title(FIRST)}", MARKED)
 
@@ -122,9 +121,8 @@ plots.why(
 )
 
 # %% tags=["hide-input"]
-of_each = summary.droplevel("policy")
 columns = ["ensemble", "loudness", "interference", "confidence"]
-split = {name: tables.table(of_each.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
+split = {name: tables.table(summary.xs(name, level="tested"), columns) for name in (FIRST, SECOND)}
 tables.shown(split[FIRST], f"On {tables.title(FIRST)}", MARKED)
 
 # %% tags=["hide-input"]

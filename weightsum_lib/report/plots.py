@@ -100,7 +100,7 @@ def before_after(summary: pd.DataFrame, message: str) -> Figure:
             means, halves = _spread(rows[network])
             axes.errorbar(means, y, xerr=halves, ms=8, mew=1.8, **{"zorder": 2, **look})
         axes.axvline(CHANCE, color="0.5", ls=":", lw=1, label="chance")
-        axes.set_yticks(y, rows.index.get_level_values(0))
+        axes.set_yticks(y, rows.index)
         axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 103))
         axes.set_xlabel(f"test accuracy (%)\n{_n(rows)}", fontsize=10)
         axes.grid(axis="y", visible=False)
@@ -235,7 +235,6 @@ def why(explained: pd.DataFrame, summary: pd.DataFrame, message: str) -> Figure:
     for axes, name in zip(panels, both, strict=True):
         lost = summary.xs(name, level="tested")
         points = lost[list(kinds)].map(lambda cell: max(cell.mean, 0)).rename(columns=kinds)
-        points.index = lost.index.get_level_values("method")
         points[::-1].plot.barh(stacked=True, ax=axes, color=["0.75", "0.35"], width=0.8, legend=False)
         axes.set(title=f"lost on {title(name)}", xlabel=f"points, {_n(lost, bars='')}", ylabel="", xlim=(0, 100))
         axes.grid(axis="y", visible=False)
