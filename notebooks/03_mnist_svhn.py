@@ -76,10 +76,7 @@ plots.examples(shown, "What the networks see: a test image of each class", p.in_
 # these images, alone.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN. In each, for every method, test accuracy of the task's own network, of the sum, and of the other task's network as a control; the dotted line is chance. The tables below hold the same numbers."}}
-keyed, dense = (
-    " and ".join(f"{cell.mean:.1f} % of {tables.title(name)}" for name, cell in summary.loc[m, "after"].items())
-    for m in (RANDOM, TRAINED)
-)
+keyed, dense = (findings.of_each(summary.loc[m, "after"]) for m in (RANDOM, TRAINED))
 plots.before_after(summary, f"Never met: random keys read {keyed}, dense {TRAINED} {dense}")
 
 # %% [markdown]

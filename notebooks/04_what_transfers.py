@@ -93,7 +93,7 @@ Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data
 # the recipe's are written so from the start. In layers of fewer than 64 channels a network has a smaller share than k.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum of two networks keeps, in percent, against the share k of the sum's channels that each network uses, one line for the recipe, for the recipe with equal room in all layers, with other batch-norm statistics, and for networks that were trained plainly. The table below holds the numbers."}}
-at_headline = " and ".join(f"{kept[recipe, HEADLINE, n].mean:.1f} % of {tables.title(n)}" for n in BOTH)
+at_headline = findings.of_each(kept[recipe, HEADLINE])
 plots.kept_by_share(curves, f"Under random keys of ⅛ the sum of two strangers keeps {at_headline}")
 
 # %% tags=["hide-input"]

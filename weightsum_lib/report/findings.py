@@ -141,8 +141,8 @@ def of_strangers(summary: pd.DataFrame, counted: Mapping[str, str]) -> str:
         RANDOM: "Under such keys, trained by the recipe",
         DISJOINT: "Under disjoint keys, which are agreed on, the state dicts added as they are",
     }
-    kept = " ".join(f"{words}, the sum keeps {_of_each(summary.loc[way, 'kept'])}." for way, words in ways.items())
-    apart, dense, keyed = (_of_each(summary.loc[way, "renamed"]) for way in (BASELINE, TRAINED, RANDOM))
+    kept = " ".join(f"{words}, the sum keeps {of_each(summary.loc[way, 'kept'])}." for way, words in ways.items())
+    apart, dense, keyed = (of_each(summary.loc[way, "renamed"]) for way in (BASELINE, TRAINED, RANDOM))
     worst = " and ".join(f"{least:.1f} % of {title(name)}" for name, least in summary.loc[RANDOM, "worst"].items())
     return (
         f"{kept} The worst draw of random keys for each task keeps {worst}. With the classes of SVHN renamed, so that "
@@ -161,12 +161,12 @@ def of_recipe(recipe: pd.Series, plainly: pd.Series, shares: tuple[float, float]
         shares: of the headline, and the smallest.
         three: intervals by tested task, of three networks under disjoint keys.
     """
-    (dense, sparse), (at_dense, at_sparse) = map(fraction, shares), (_of_each(recipe[share]) for share in shares)
+    (dense, sparse), (at_dense, at_sparse) = map(fraction, shares), (of_each(recipe[share]) for share in shares)
     return (
         f"Trained by the recipe and added under random keys of {dense}, two networks that never met keep {at_dense}; "
-        f"under keys of {sparse}, {at_sparse}. Networks that were trained plainly keep {_of_each(plainly[shares[0]])}; "
-        f"under keys of {sparse}, {_of_each(plainly[shares[1]])}. Three networks under disjoint keys, none of which "
-        f"has met another, keep {_of_each(three)}."
+        f"under keys of {sparse}, {at_sparse}. Networks that were trained plainly keep {of_each(plainly[shares[0]])}; "
+        f"under keys of {sparse}, {of_each(plainly[shares[1]])}. Three networks under disjoint keys, none of which "
+        f"has met another, keep {of_each(three)}."
     )
 
 
@@ -213,6 +213,7 @@ def capacity(kept: pd.Series, fitted: Iterable[int]) -> tuple[Law, pd.DataFrame]
     return found, pd.DataFrame(shown)
 
 
-def _of_each(kept: pd.Series) -> str:
-    *most, last = (f"{cell.mean:.1f} % of {title(name)}" for name, cell in kept.items())
+def of_each(cells: pd.Series) -> str:
+    """The means of intervals by tested task: "23.9 % of MNIST, 24.5 % of SVHN and 60.0 % of CIFAR-10"."""
+    *most, last = (f"{cell.mean:.1f} % of {title(name)}" for name, cell in cells.items())
     return f"{', '.join(most)} and {last}"
