@@ -181,7 +181,7 @@ tables.save(
         "policies": tables.table(policies, ["before", "after"]),
         "layers": layer_table,
     },
-    tables.headline(on_main.loc[[BASELINE, TRAINED]], f"Task {TASK}: {main_title}", networks),
+    tables.headline(summary.loc[[(m, MAIN) for m in (BASELINE, TRAINED)]], f"Task {TASK}", networks),
     tables.intervals_of(summary),
     sums,
 )

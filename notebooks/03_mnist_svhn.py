@@ -227,13 +227,7 @@ tables.save(
         "merged": merged_table,
         "standins": worth_table,
     },
-    [
-        row
-        for name in (FIRST, SECOND)
-        for row in tables.headline(
-            summary.xs(name, level="tested").loc[HEADLINE], f"Task 3: {tables.title(name)}", "θ of MNIST + θ of SVHN"
-        )
-    ],
+    tables.headline(summary.loc[HEADLINE], "Task 3", "θ of MNIST + θ of SVHN"),
     tables.intervals_of(summary),
     sums,
 )

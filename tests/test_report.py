@@ -314,7 +314,7 @@ def test_what_prose_and_front_page_read_is_in_the_results_file(pairs, tmp_path):
             return {"commit": "abc"}
 
     summary = tables.summarize(pairs, ["method", "tested"])
-    rows = tables.headline(summary.xs("mnist", level="tested"), "Task 1: MNIST", "a + b")
+    rows = tables.headline(summary.xs("mnist", level="tested", drop_level=False), "Task 1", "a + b")
     found = tables.intervals_of(summary)
     tables.save("01_x", Study(), {"x": 1}, {"t": tables.table(summary, ["after"])}, rows, found, pairs)
     saved = json.loads((tmp_path / "smoke" / "01_x.json").read_text(encoding="utf-8"))

@@ -287,14 +287,15 @@ def headline(summary: pd.DataFrame, task: str, networks: str) -> list[dict]:
     """A summary's rows for the front page: before, after, gap, and the controls, as far as there are any.
 
     Args:
-        summary: of one tested task, a row a method.
-        task: what is tested.
+        summary: by method and tested task; the rows of one tested task come after those of another.
+        task: what the front page calls it, "Task 1".
         networks: what is summed.
     """
     return [
-        {"task": task, "method": row["method"], "networks": f"{networks}, {row['method']}", "n": row["n"]}
+        {"task": f"{task}: {title(name)}", "method": method, "networks": f"{networks}, {method}", "n": row["n"]}
         | {c: row[c] and row[c]._asdict() for c in ("before", "after", "gap", "kept", "other", "renamed")}
-        for row in summary.reset_index().to_dict("records")
+        for name in summary.index.unique("tested")
+        for method, row in summary.xs(name, level="tested").iterrows()
     ]
 
 
