@@ -39,8 +39,7 @@ def write_headline(folder: Path, target: Path) -> None:
     if rows.empty:
         why = f"no front page without results; {folder}/<notebook>.ipynb say why they failed"
         raise RuntimeError(f"{why}. Run them again: make notebooks PROFILE={folder.name}")
-    for column in rows.columns.intersection(["before", "after", "gap", "kept", "other", "renamed"]):
-        rows[column] = [Interval(**cell) if isinstance(cell, dict) else None for cell in rows[column]]
+    rows = rows.map(lambda cell: Interval(**cell) if isinstance(cell, dict) else cell)
     rows["verdict"] = rows.apply(verdict_of, axis=1)
     kinds = []
     for networks, tasks, method in _ANSWERS:
