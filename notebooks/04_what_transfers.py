@@ -214,9 +214,10 @@ grown = [
 ]
 growing = tables.wide(pd.concat(grown))
 in_all = growing[growing.index.get_level_values("tested").isin(BOTH)]
-of_random = in_all.xs(RANDOM, level="method").groupby(["networks", "share"])
-law, law_table = findings.capacity(of_random["kept_of_ensemble"].mean(), COUNTS[:-1])
-most = in_all.xs(RANDOM, level="method").xs(COUNTS[-1], level="networks").groupby(["tested", "share"])["kept"].mean()
+of_random = in_all.xs(RANDOM, level="method")
+cells = of_random.groupby(["networks", "share"])["kept_of_ensemble"].mean()
+law, law_table = findings.capacity(cells, COUNTS[:-1])
+most = of_random.xs(COUNTS[-1], level="networks").groupby(["tested", "share"])["kept"].mean()
 each = [f"{tables.title(n)} keeps {most[n, SPARSEST]:.0f} and {most[n, HEADLINE]:.0f} %" for n in BOTH]
 plots.capacity(in_all, law.kept, f"Of {COUNTS[-1]} strangers {', '.join(each)} on average, at k = 1/128 and at ⅛")
 
@@ -226,8 +227,7 @@ tables.shown(law_table)
 # %% tags=["hide-input"]
 found, by_law = (law_table[column].astype(float) for column in law_table.columns[3:5])
 misses = (found - by_law).abs()
-means = of_random["kept_of_ensemble"].mean()
-fitting = {tables.fraction(k): max((n for n in COUNTS if means[n, k] >= 99), default=1) for k in SHARES[1:]}
+fitting = {tables.fraction(k): max((n for n in COUNTS if cells[n, k] >= 99), default=1) for k in SHARES[1:]}
 Markdown(
     "Of the ensemble 99 % is kept, the mean of MNIST and SVHN, with up to so many networks, of those that were measured "
     f"({', '.join(map(str, COUNTS))}; 1: no sum): "
@@ -273,13 +273,7 @@ tables.shown(three_table)
 # alone: *before* and *after* say.
 
 # %% tags=["hide-input"]
-loud = measure.curve(
-    study,
-    [DISJOINT, *p.parts_with("disjoint")],
-    [*BOTH, measure.NEITHER],
-    split="val",
-    seeds=p.choice_seeds_of,
-)
+loud = measure.curve(study, [DISJOINT, *p.parts_with("disjoint")], [*BOTH, measure.NEITHER], **choosing)
 columns = ["before", "ensemble", "after", "kept"]
 loud_table = tables.by_task(tables.against(tables.wide(loud), DISJOINT, columns), [*columns, "difference"])
 tables.shown(loud_table, marked=[DISJOINT])
