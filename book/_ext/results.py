@@ -128,11 +128,8 @@ class ResultTable(SphinxDirective):
 
 def list_fields(app, what, name, obj, options, lines):
     """Put the fields of a dataclass below its docstring (``autodoc-process-docstring``, after napoleon)."""
-    if (
-        what != "class"
-        or not dataclasses.is_dataclass(obj)
-        or any(line.startswith((":param", ":ivar")) for line in lines)
-    ):
+    named = any(line.startswith((":param", ":ivar")) for line in lines)
+    if named or what != "class" or not dataclasses.is_dataclass(obj):
         return
     lines.append("")
     for field in dataclasses.fields(obj):
