@@ -43,7 +43,7 @@ def test_the_queue_is_what_the_notebooks_ask_for(monkeypatch, tmp_path, knobs):
             }
         if call.func.__name__ == "_plane":
             return {"coefficients": [0.0, 1.0], **{name: [[1.0, 1.0]] * 2 for name in what.tasks}}
-        return 1.0 if call.func.__name__ == "_weights" else [{"layer": "fc2", "explained": 0.5, "overlap": 0.5}]
+        return 1.0 if call.func.__name__ == "_weights" else [{"layer": "fc2", "explained": 0.5}]
 
     def measured(study, wanted):
         study.train_all([config for m in wanted for config in m.configs])

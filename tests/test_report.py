@@ -390,7 +390,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
 
 LAYERS = pd.DataFrame(
     [
-        {"method": m, "layer": layer, "norm_ratio": 1.1, "cosine": 0.1, "explained": 0.5, "overlap": 1.0}
+        {"method": m, "layer": layer, "norm_ratio": 1.1, "cosine": 0.1, "explained": 0.5}
         for m in ("independent", "joint ce")
         for layer in ("conv1_1", "conv2_1", "fc3")
     ]

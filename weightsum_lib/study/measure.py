@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from weightsum_lib.core.keys import overlap, widen
+from weightsum_lib.core.keys import widen
 from weightsum_lib.core.models import normalize
 from weightsum_lib.core.weights import compare_layers
 from weightsum_lib.study import store
@@ -355,8 +355,7 @@ def explained(study: Study, method: str, first: str, second: str, strangers: boo
     collisions.
 
     Returns:
-        a row for each layer, with ``method``, ``layer``, ``explained`` (0 to 1), and ``overlap``, the share of
-        θ_first's channels that θ_second uses too (the logits: 1).
+        a row for each layer, with ``method``, ``layer`` and ``explained`` (0 to 1).
     """
     what = _pair(study, method, first, second, strangers)
     policy = headline_policy(study.params, method) if strangers else "per_task"
@@ -370,13 +369,13 @@ def _explained(study: Study, what: Sum, policy: str) -> list[dict]:
     own = {"summed": OWN, "by_owner": "per_task"}.get(policy, policy)
     of_one = _activations(under_policy(study, total.networks[0], own, what.tasks, first), images)
     of_sum = _activations(under_policy(study, total, policy, what.tasks, first), images)
-    shared = overlap(*total.keys) if total.keys else {}
+    positions = total.keys[0].positions if total.keys else {}
     for layer, a in of_one.items():
-        at = total.keys[0].positions[layer] if layer in shared else slice(None)
+        at = positions.get(layer, slice(None))  # the logits are all networks'
         a, s = (x - x.mean(0) for x in (a, of_sum[layer][:, at]))
         # channels that are silent in θ_first explain nothing
         part = ((a * s).mean(0).square() / a.square().mean(0).clamp_min(1e-12)).sum() / s.square().mean(0).sum()
-        rows.append({"layer": layer.rpartition(".")[2], "explained": part.item(), "overlap": shared.get(layer, 1.0)})
+        rows.append({"layer": layer.rpartition(".")[2], "explained": part.item()})
     return rows
 
 
