@@ -38,7 +38,7 @@ from weightsum_lib.study.params import ALONE, DISJOINT, RANDOM
 from weightsum_lib.study.runs import Study
 
 NOTEBOOK = "05_beside_others"
-ALL, OURS = "all ten classes", (RANDOM, DISJOINT)
+ALL = "all ten classes"
 
 p = params.from_notebook(globals())  # to explore the networks that `make all` trained: params.read("quick")
 of_ours = DISJOINT in p.merged  # else its sums are of networks that were trained plainly
@@ -87,7 +87,7 @@ for halved in p.halves:
     reads = [f"{after[(halved, *other)].mean:.1f}" for other in (SUM, *others)]
     words = "{} % of {} ({}: {}, plain networks' ensemble: {}, one network: {})"
     each.append(words.format(reads[0], tables.title(halved), merger, *reads[1:]))
-plots.merged(of_all, OURS, {beside.PUBLISHED_NETWORK: beside.PUBLISHED}, f"The {SUM[0]} reads {', '.join(each)}")
+plots.merged(of_all, {beside.PUBLISHED_NETWORK: beside.PUBLISHED}, f"The {SUM[0]} reads {', '.join(each)}")
 
 # %% [markdown]
 # The dashed line is the ceiling: the best ensemble of logits, which runs both networks, of networks that have not *seen*

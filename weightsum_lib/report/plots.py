@@ -19,7 +19,7 @@ from PIL import Image
 
 from weightsum_lib.report.findings import CHANCE
 from weightsum_lib.report.tables import Interval, fraction, span, title
-from weightsum_lib.study.params import RANDOM
+from weightsum_lib.study.params import DISJOINT, RANDOM
 
 # Okabe & Ito 2008: told apart by colour-blind readers; markers differ too, for print.
 BEFORE, AFTER, CONTROL = "#0072B2", "#D55E00", "#009E73"
@@ -320,12 +320,11 @@ def capacity(rows: pd.DataFrame, law: Callable, message: str) -> Figure:
     return _done(figure, message)
 
 
-def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str, Mapping], message: str) -> Figure:
+def merged(summary: pd.DataFrame, published: Mapping[str, Mapping], message: str) -> Figure:
     """Every way to make one network of two on one axis, a panel a task; a line a way, a marker a pair.
 
     Args:
         summary: by task, way and networks, with ``after`` (percent of all classes) and ``n``.
-        ours: how the names of this study's networks begin.
         published: what others report, name to accuracy by way, shown where the task is CIFAR-10.
         message: what the figure says.
     """
@@ -335,7 +334,7 @@ def merged(summary: pd.DataFrame, ours: tuple[str, ...], published: Mapping[str,
         rows = summary.xs(task, level="task")
         for pair, own in rows.groupby("networks", sort=False):
             mean, ends = _spread(own["after"])
-            number, color = pairs.index(pair), AFTER if pair.startswith(ours) else BEFORE
+            number, color = pairs.index(pair), AFTER if pair.startswith((RANDOM, DISJOINT)) else BEFORE
             own_ways = [ways.index(way) + 0.7 * number / len(pairs) - 0.3 for way in own.index.get_level_values("way")]
             look = {"fmt": _MARKERS[number % 8], "color": color, "mfc": "none" if number % 2 else color}
             axes.errorbar(mean, own_ways, xerr=ends, ms=7, alpha=0.8, label=pair, **look)
