@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, product
+from itertools import product
 
 import pandas as pd
 
@@ -106,10 +106,10 @@ def frame(study: Study) -> pd.DataFrame:
 
 def _chosen(study: Study, choices: Sequence[list[Case]]) -> list[Case]:
     """Of each choice the candidate that gets most validation images right, of all classes or of all tasks."""
-    tried = [[replace(c, split="val", tested=_chosen_on(c)) for c in each] * (len(each) > 1) for each in choices]
-    accuracies = iter(measure.frame(study, [*chain(*tried)])["accuracy"] if any(tried) else ())
-    right = [[sum(next(accuracies) for _ in case.tested) for case in each] or [0] for each in tried]
-    return [each[max(range(len(of)), key=of.__getitem__)] for each, of in zip(choices, right, strict=True)]
+    tried = {c: replace(c, split="val", tested=_chosen_on(c)) for each in choices if len(each) > 1 for c in each}
+    accuracies = iter(measure.frame(study, tried.values())["accuracy"] if tried else ())
+    right = {case: sum(next(accuracies) for _ in on_val.tested) for case, on_val in tried.items()}
+    return [max(each, key=lambda case: right.get(case, 0)) for each in choices]
 
 
 def _chosen_on(case: Case) -> tuple[str, ...]:
