@@ -494,8 +494,9 @@ import os, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background ignore
 os.sched_getaffinity = lambda _: {0, 1}
 from weightsum_lib import run
-from weightsum_lib.study import params
-values = {"results_dir": sys.argv[1], "device": "cpu", "networks_at_once": 2, "epochs": 400, "train_images": 640}
+from weightsum_lib.study import params, plan
+values = {"results_dir": sys.argv[1], "device": "cpu", "networks_at_once": 2, "epochs": 400}
+plan.queue = lambda study: [study.config("independent", name) for name in ("mnist", "cifar10")]
 read = params.read
 run.params.read = lambda profile, overrides=None: read(profile, values)
 sys.exit(run.main(["train", "--profile", "smoke"]))
