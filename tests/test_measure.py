@@ -23,7 +23,7 @@ from weightsum_lib.study.train import autocast, percent_right
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     """A tiny study whose networks are trained once for all tests here."""
-    return Study(tiny_params(tmp_path_factory.mktemp("study"), plane_points=7))
+    return Study(tiny_params(tmp_path_factory.mktemp("study"), plane_points=7, ceiling_seeds=1))
 
 
 @pytest.fixture(scope="module")

@@ -487,7 +487,7 @@ def _alive(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="not Linux")
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_who_is_told_to_stop_stops_at_once_with_its_workers_and_goes_on_later(tmp_path, how):
     program = """
 import os, signal, sys
