@@ -117,8 +117,8 @@ def of_pair(summary: pd.DataFrame, rows: pd.DataFrame, counted: str, task: str) 
     apart, together, first, tuned = summary.loc[BASELINE], summary.loc[TRAINED], "sequential, from the sum", ""
     if first in summary.index:
         more = [paired(rows, first, f"sequential, from {start}", "after") for start in ("θ_main", "random weights")]
-        tuned = f" Fine-tuned for as many steps, that sum reads {summary['after'][first]} %, {more[0]} points more (−: "
-        tuned += f"less) than its {task} network would so, {more[1]} than random weights."
+        tuned = f" Fine-tuned for as many steps, that sum reads {summary['after'][first]} %: against its {task} "
+        tuned += f"network fine-tuned alike that is {more[0]} points, against random weights {more[1]}."
     trained = "In the one seed, trained" if together["after"].n == 1 else "Trained"
     return (
         f"{trained} to be added, the sum {verdict_of(together)}: it reads {together['after']} % of {task}, where its "
