@@ -316,6 +316,8 @@ def test_what_prose_and_front_page_read_is_in_the_results_file(pairs, tmp_path):
 
     summary = tables.summarize(pairs, ["method", "tested"])
     rows = tables.headline(summary.xs("mnist", level="tested", drop_level=False), "Task 1", "a + b")
+    both = tables.headline(summary, "Task 1", "a + b")  # those of one tested task after those of another
+    assert rows == both[:2] and [row["task"] for row in both] == 2 * ["Task 1: MNIST"] + 2 * ["Task 1: CIFAR-10"]
     found = tables.intervals_of(summary)
     tables.save("01_x", Study(), {"x": 1}, {"t": tables.table(summary, ["after"])}, rows, found, pairs)
     saved = json.loads((tmp_path / "smoke" / "01_x.json").read_text(encoding="utf-8"))

@@ -137,6 +137,9 @@ def test_nothing_changed_means_nothing_is_done_not_even_after_a_touch(house):
     again = house.run("all", *SMOKE)
     assert again.returncode == 0 and time.perf_counter() - started < 5  # it loads no torch
     assert again.stdout.splitlines()[:-1] == [*(f"{name}: up to date" for name in NOTEBOOKS), "book: up to date"]
+    with house.edited("book/reproduce.md", "\n\n", "\n\nA new line of prose.\n\n"):  # is enough to build the book again
+        program = f"from weightsum_lib import run; del run.shutil.rmtree; run.main({['book', *SMOKE]})"
+        assert "no attribute 'rmtree'" in house.python("-c", program).stderr
 
 
 def test_an_edited_notebook_runs_again_alone_and_trains_and_measures_nothing(house):
@@ -227,7 +230,7 @@ def test_a_failing_notebook_shows_its_traceback_and_a_missing_number_is_named_an
 
 
 def test_a_page_that_is_not_there_is_named_and_an_unclean_run_is_not_published(house, monkeypatch, capsys):
-    """In this process, so that the coverage of the runner is measured."""
+    """In this process, so that the coverage of what it refuses is measured."""
     for name, value in (("JUPYTER_PATH", ""), ("JUPYTER_PREFER_ENV_PATH", "1"), ("WEIGHTSUM_NO_DOWNLOAD", "")):
         monkeypatch.setenv(name, value)
     for name, path in (("ROOT", ""), ("NOTEBOOKS", "notebooks"), ("BOOK", "book"), ("PUBLISHED", "book/published")):
@@ -237,6 +240,7 @@ def test_a_page_that_is_not_there_is_named_and_an_unclean_run_is_not_published(h
     away = (house.results / "00_how_to_sum.ipynb").rename(house.results / "away.ipynb")
     assert run.main(["book", *SMOKE]) == 2
     assert "has no executed 00_how_to_sum; make them: make all PROFILE=smoke" in capsys.readouterr().err
+    assert not run._is_fresh("00_how_to_sum", params.read("smoke", {"device": "cpu"}), house.results)
     away.rename(house.results / "00_how_to_sum.ipynb")
     assert run.main(["publish", *SMOKE]) == 2
     assert "commit" in capsys.readouterr().err  # the copy is no checkout
@@ -285,7 +289,7 @@ def test_one_notebook_may_be_forced_and_who_asks_for_it_too_waits(house):
     assert store.read_json(house.results / "01_mnist_cifar10.stamp.json") == before
 
 
-@pytest.mark.parametrize("name", [NOTEBOOKS[0], NOTEBOOKS[3]])  # the parameters cell of all others is that of the last
+@pytest.mark.parametrize("name", [NOTEBOOKS[0], NOTEBOOKS[3]])  # the others have the same parameters cell (test_params)
 def test_a_notebook_runs_in_jupyterlab_with_its_default_parameters_and_runs_again(house, name):
     """Cell by cell in the notebooks' folder, as JupyterLab does, without papermill; one of them twice in a kernel."""
     notebook = jupytext.read(house.path / "notebooks" / f"{name}.py")
