@@ -69,7 +69,7 @@ for halved in p.halves:
         recipe, plain = ((halved, "sum under random keys", networks) for networks in (f"{RANDOM}, unseen", ALONE))
         points = tables.interval(by_seed.loc[recipe] - by_seed.loc[plain])
         finding += f". Under random keys the sum of networks trained by the recipe, unseen, reads {after[recipe]} %, "
-        finding += f"that of plainly trained ones {after[plain]} %: {points} points"
+        finding += f"that of plainly trained ones {after[plain]} %: {points} points (seeds of both: {points.n})"
     ensembles = after.xs(halved).xs(beside.ENSEMBLE).map(lambda cell: cell.mean)
     unseen = ensembles[~ensembles.index.str.endswith(", seen")]
     most = of_others[halved].idxmax(), unseen.idxmax()
