@@ -165,7 +165,6 @@ plots.plane(planes, (MAIN, SUPPORT), "The plain sum (star) and the two networks 
 # ## Finding
 
 # %% tags=["hide-input"]
-networks = f"θ of {main_title} + θ of {support_title}"
 tables.save(
     NOTEBOOK,
     study,
@@ -181,7 +180,7 @@ tables.save(
         "policies": tables.table(policies, ["before", "after"]),
         "layers": layer_table,
     },
-    tables.headline(summary.loc[[(m, MAIN) for m in (BASELINE, TRAINED)]], f"Task {TASK}", networks),
+    tables.headline(summary.loc[[(m, MAIN) for m in (BASELINE, TRAINED)]], f"Task {TASK}"),
     tables.intervals_of(summary),
     sums,
 )

@@ -227,7 +227,7 @@ tables.save(
         "merged": merged_table,
         "standins": worth_table,
     },
-    tables.headline(summary.loc[HEADLINE], "Task 3", "θ of MNIST + θ of SVHN"),
+    tables.headline(summary.loc[HEADLINE], "Task 3"),
     tables.intervals_of(summary),
     sums,
 )

@@ -315,8 +315,8 @@ def test_what_prose_and_front_page_read_is_in_the_results_file(pairs, tmp_path):
             return {"commit": "abc"}
 
     summary = tables.summarize(pairs, ["method", "tested"])
-    rows = tables.headline(summary.xs("mnist", level="tested", drop_level=False), "Task 1", "a + b")
-    both = tables.headline(summary, "Task 1", "a + b")  # those of one tested task after those of another
+    rows = tables.headline(summary.xs("mnist", level="tested", drop_level=False), "Task 1")
+    both = tables.headline(summary, "Task 1")  # those of one tested task after those of another
     assert rows == both[:2] and [row["task"] for row in both] == 2 * ["Task 1: MNIST"] + 2 * ["Task 1: CIFAR-10"]
     found = tables.intervals_of(summary)
     tables.save("01_x", Study(), {"x": 1}, {"t": tables.table(summary, ["after"])}, rows, found, pairs)
@@ -330,7 +330,7 @@ def test_what_prose_and_front_page_read_is_in_the_results_file(pairs, tmp_path):
     after = again[(again["method"] == "joint ce") & (again["tested"] == "mnist")]["after"]
     assert interval(after, percent=True) == pytest.approx(found["joint_ce.after_mnist"])
     assert saved["tables"]["t"]["rows"][1][0] == "joint ce" and saved["provenance"] == {"commit": "abc"}
-    assert saved["headline"][1]["networks"] == "a + b, joint ce" and saved["headline"][1]["n"] == 3
+    assert saved["headline"][1]["method"] == "joint ce" and saved["headline"][1]["n"] == 3
     assert Interval(**saved["headline"][1]["other"]) == interval([9.0] * 3)
 
 
@@ -346,7 +346,7 @@ def test_a_page_says_which_data_it_was_made_from():
 def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     def row(method, after):
         cells = {"before": 98.0, "after": after, "gap": 98.0 - after, "kept": after / 0.98, "other": 9.0}
-        shown = {"task": "Task 1: MNIST", "method": method, "networks": f"sum, {method}", "n": 1}
+        shown = {"task": "Task 1: MNIST", "method": method, "n": 1}
         return shown | {name: interval([value])._asdict() for name, value in cells.items()}
 
     provenance = {
@@ -373,9 +373,10 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     page.write_headline(tmp_path, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "headline.json").read_text())
     made, notice = content["tables"], content["values"]["run_notice"]
-    assert "to be added (of CIFAR-10 itself the sum of task 1 then reads 9 %, by" in content["values"]["answer"]
+    assert content["values"]["answer"].startswith("Added, two networks that were trained apart keep 11.2 % of MNIST;")
+    assert "of CIFAR-10 itself the sum of task 1 reads 9 %, by chance 10" in content["values"]["price"]
     assert notice.startswith("Profile `p`: VGG8 at width 1,") and notice.endswith("float32, with torch 2, commit abc.")
-    assert made["headline"]["rows"][0] == ["Task 1: MNIST", "sum, joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
+    assert made["headline"]["rows"][0] == ["Task 1: MNIST", "joint ce", "98.0", "97.5", "0.50", "9.0", "1"]
     assert made["answer"]["rows"] == [
         ["with CIFAR-10, trained apart", "98.0 → 11.0", "loses the skill"],
         ["with CIFAR-10, trained to be added", "98.0 → 97.5", "keeps the skill"],

@@ -90,18 +90,18 @@ def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
         found: the results by notebook; those of task 1 say what becomes of CIFAR-10.
     """
     lost = found.get("01_mnist_cifar10", {}).get("values", {}).get("joint_ce.after_cifar10")
-    lost = f" (of CIFAR-10 itself the sum of task 1 then reads {lost:.0f} %, by chance 10)" if lost else ""
+    lost = f" (of CIFAR-10 itself the sum of task 1 reads {lost:.0f} %, by chance 10)" if lost else ""
     apart, strangers = (shares(rows, "kept", task, BASELINE) for task in ("Task [12]", "Task 3"))
     paired, met_others = (shares(rows, "kept", task, TRAINED, named=False) for task in ("Task [12]", "Task 3"))
     plainly, recipe = (shares(rows, "kept", "Task 3", method, named=False) for method in (ALONE, RANDOM))
     alone, after = shares(rows, "before", "Task 3", BASELINE, named=False), shares(rows, "after", "Task 3", RANDOM)
     return (
-        f"The sum of two networks, one of them for CIFAR-10, keeps {apart} if they were trained apart, {paired} if "
-        f"trained to be added{lost}. Of an MNIST and an SVHN network that never met it keeps {strangers} if each was "
-        f"trained alone, {met_others} if each to be added to another, {plainly} if they are small and lie in random "
-        f"channels of a wide sum, {recipe} there by this study's recipe. Batch norm is set on unlabelled images.",
-        f"The recipe has a price: its networks are small and lie in a wider one. Their sum reads {after}, dense ones "
-        f"of the profile's width, each alone, {alone}. Who has both datasets can train one network on both instead.",
+        f"Added, two networks that were trained apart keep {apart}; trained to be added, {paired}. Two that never met "
+        f"keep {strangers}; small and in random channels of a wide sum, {plainly}; trained for it by this study's "
+        f"recipe, {recipe}.",
+        f"The first are sums with a CIFAR-10 network{lost}, the others of an MNIST and an SVHN network: dense ones, "
+        f"each trained to be added to a CIFAR-10 network, keep {met_others}. Batch norm is set on unlabelled images. "
+        f"The recipe has a price: its sums read {after}, dense networks of the profile's width, each alone, {alone}.",
     )
 
 

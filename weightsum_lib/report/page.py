@@ -51,7 +51,7 @@ def write_headline(folder: Path, target: Path) -> None:
     measured = {at: each for of in made for at, each in of["measuring_seconds"].items()}
     data = {name: about for of in made for name, about in of["data"].items()}
     tables = {"answer": _answer(kinds), "claims": _claims(found), "data": _data(data)}
-    tables["headline"] = table(rows.set_index(["task", "networks"]), ["before", "after", "gap", "other"])
+    tables["headline"] = table(rows.set_index(["task", "method"]), ["before", "after", "gap", "other"])
     values = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
     values["answer"], values["price"] = answer(rows, found)
     train, test = (f"{sum(of.values()) / 60:,.1f}" for of in (runs, measured))

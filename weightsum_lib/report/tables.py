@@ -283,16 +283,15 @@ def data_notice(described: Mapping[str, dict]) -> str:
     return "**Data on this page.** " + ". ".join(parts) + "." + (warning if standin else "")
 
 
-def headline(summary: pd.DataFrame, task: str, networks: str) -> list[dict]:
+def headline(summary: pd.DataFrame, task: str) -> list[dict]:
     """A summary's rows for the front page: before, after, gap, and the controls, as far as there are any.
 
     Args:
         summary: by method and tested task; the rows of one tested task come after those of another.
         task: what the front page calls it, "Task 1".
-        networks: what is summed.
     """
     return [
-        {"task": f"{task}: {title(name)}", "method": method, "networks": f"{networks}, {method}", "n": row["n"]}
+        {"task": f"{task}: {title(name)}", "method": method, "n": row["n"]}
         | {c: row[c] and row[c]._asdict() for c in ("before", "after", "gap", "kept", "other", "renamed")}
         for name in summary.index.unique("tested")
         for method, row in summary.xs(name, level="tested").iterrows()
