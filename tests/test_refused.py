@@ -30,7 +30,7 @@ def test_wrong_parameters_stop_before_anything_runs(tree):
     [
         (["all", "--profile", "full"], "no GPU here"),
         (["all", "--profile", "published"], "make book PROFILE=published"),
-        (["all", "--profile", "literal"], "one page and no report: make notebooks PROFILE=literal"),
+        (["all", "--profile", "literal"], "has pages and is no report: make notebooks PROFILE=literal"),
         (["notebooks", "--profile", "literal", "--notebook", "02"], "begins with '02'; there are 01_mnist_cifar10"),
         (
             ["all", "--profile", "smoke", "--seeds", "two"],
@@ -77,21 +77,22 @@ def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, mo
     monkeypatch.setattr(run, "PUBLISHED", kept)
     monkeypatch.setattr(run, "_is_fresh", lambda *_: True)
     folder = tmp_path / "results" / profile
-    page = [f"{profile}.json", f"{profile}.ipynb"]
-    assert all(run.standing(folder)[name] == kept / name for name in page)
+    name = f"{profile}_{notebook[:2]}"
+    page = [f"{name}.json", f"{name}.ipynb"]
+    assert all(run.standing(folder)[made] == kept / made for made in page)
     content = store.read_json(kept / f"{notebook}.json")
     content["provenance"]["commit"], content["provenance"]["params"]["arch"] = "abc123", "vgg99"
     store.write_json(folder / f"{notebook}.ipynb", {"cells": []})
-    assert run.standing(folder)[f"{profile}.ipynb"] == kept / f"{profile}.ipynb"  # without results it failed
+    assert run.standing(folder)[f"{name}.ipynb"] == kept / f"{name}.ipynb"  # without results it failed
     store.write_json(folder / f"{notebook}.json", content)
-    assert all(run.standing(folder)[name].parent == folder for name in page)
+    assert all(run.standing(folder)[made].parent == folder for made in page)
     run.publish(params.read(profile, {"results_dir": str(folder.parent)}), folder)
     after = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
     assert {name for name in after if after[name] != before.get(name)} <= {*page, "headline.json", "headline.png"}
-    assert after[f"{profile}.json"] == (folder / f"{notebook}.json").read_bytes()
+    assert after[f"{name}.json"] == (folder / f"{notebook}.json").read_bytes()
     assert readme_headline(kept) in (tmp_path / "README.md").read_text(encoding="utf-8")
     values = store.read_json(kept / "headline.json")["values"]
-    assert "VGG99" in values.pop(f"{profile}_notice") and not any("VGG99" in str(value) for value in values.values())
+    assert "VGG99" in values.pop(f"{name}_notice") and not any("VGG99" in str(value) for value in values.values())
 
 
 def test_results_are_of_the_claims_and_the_code_that_they_were_made_with(tiny, tmp_path, monkeypatch, capsys):

@@ -585,7 +585,7 @@ def test_publishing_replaces_the_readme_block_only(tmp_path):
     source.mkdir()
     for path in PUBLISHED.glob("[0-9]*"):
         (source / path.name).write_bytes(path.read_bytes())
-    alone = [path for name in params.STANDING for path in PUBLISHED.glob(f"{name}.*")]
+    alone = [path for name in params.STANDING for path in PUBLISHED.glob(f"{name}_*")]
     files = {path.name: path for path in [*source.iterdir(), *PUBLISHED.glob("bench.*"), *alone]}
     readme.write_text(f"before\n{page._BEGIN}old\n{page._END}after\n", encoding="utf-8")
     page.publish(files, tmp_path / "book" / "published")

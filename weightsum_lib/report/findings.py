@@ -70,15 +70,14 @@ def shares(rows: pd.DataFrame, what: str, task: str, method: str, named: bool = 
     """What a method reads of each dataset, percent on average: "23.9 % of MNIST and 24.5 % of SVHN", or the numbers.
 
     Args:
-        rows: of the front page, with ``task``, ``method``, ``before``, ``after`` and ``kept``.
+        rows: of the front page, with ``task``, ``tested``, ``method``, ``before``, ``after`` and ``kept``.
         what: "before" or "after" the sum, or what is "kept" of the one in the other.
         task: how the names of the tasks begin, a pattern.
         method: the method.
         named: whether the datasets are.
     """
     of = rows[rows["task"].str.match(task) & (rows["method"] == method)]
-    datasets = of["task"].str.split(": ").str[-1]
-    each = [f"{cell.mean:.1f}" + f" % of {name}" * named for cell, name in zip(of[what], datasets, strict=True)]
+    each = [f"{cell.mean:.1f}" + f" % of {name}" * named for cell, name in zip(of[what], of["tested"], strict=True)]
     return " and ".join(each) + " %" * (not named) if each else "–"
 
 

@@ -41,11 +41,9 @@ def write_headline(folder: Path, target: Path) -> None:
         raise RuntimeError(f"{why}. Run them again: make notebooks PROFILE={folder.name}")
     rows = rows.map(lambda cell: Interval(**cell) if isinstance(cell, dict) else cell)
     rows["verdict"] = rows.apply(verdict_of, axis=1)
-    kinds = []
-    for networks, tasks, method in _ANSWERS:
-        of = rows[(rows["method"] == method) & rows["task"].str.startswith(tasks)]
-        kinds.append(of.assign(networks=networks, tested=of["task"].str.split(": ").str[-1]))
-    kinds = pd.concat(kinds).set_index(["networks", "tested"])
+    rows["tested"] = rows["task"].str.split(": ").str[-1]
+    kinds = {pair: rows[(rows["method"] == row) & rows["task"].str.startswith(of)] for pair, of, row in _ANSWERS}
+    kinds = pd.concat(kinds, names=["networks"]).set_index("tested", append=True).droplevel(1)
     made = [content["provenance"] for content in found.values()]
     last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
     measured = {at: each for of in made for at, each in of["measuring_seconds"].items()}
@@ -56,9 +54,8 @@ def write_headline(folder: Path, target: Path) -> None:
     values["answer"], values["price"] = answer(rows, found)
     train, test = (f"{sum(of.values()) / 60:,.1f}" for of in (runs, measured))
     values["times"] = f"{len(runs)} runs took {train} minutes of one process to train, {test} to test, others beside it"
-    for name in params.STANDING:
-        if alone := store.read_json(target / f"{name}.json"):
-            values[f"{name}_notice"] = _run_notice(alone["provenance"])
+    for alone in target.glob("*_[0-9][0-9].json"):
+        values[f"{alone.stem}_notice"] = _run_notice(store.read_json(alone)["provenance"])
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)
