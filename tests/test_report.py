@@ -370,8 +370,12 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     # strangers, of which one reads the other's digits: with its classes renamed nothing is left
     helped = row("joint ce", 45.0) | {"task": "Task 3: MNIST", "renamed": interval([12.0])._asdict()}
     (tmp_path / "03_mnist_svhn.json").write_text(json.dumps({**content, "headline": [helped], "intervals": {}}))
+    wide = {**content, "intervals": {"joint_ce.gap_mnist": Interval(0.5, 0.2, 0.8, 2)._asdict()}}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "day_01.json").write_text(json.dumps(wide))  # a page that stands in every report
     page.write_headline(tmp_path, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "headline.json").read_text())
+    assert content["values"]["day_01_notice"] == content["values"]["run_notice"]
     made, notice = content["tables"], content["values"]["run_notice"]
     assert content["values"]["answer"].startswith("Added, two networks that were trained apart keep 11.2 % of MNIST;")
     assert "of CIFAR-10 itself the sum of task 1 reads 9 %, by chance 10" in content["values"]["price"]
@@ -386,6 +390,7 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     ends = f"0.05 (0.02{NBSP}to{NBSP}0.08)"
     assert claims["Task 1 (joint ce), gap on MNIST"] == ["≤ 0.1", ends, "3", "reached"]
     assert claims["Task 2 (joint ce), gap on SVHN"] == ["≤ 1", "–", "–", "undecided"]
+    assert made["larger"]["rows"][1][2:] == [f"0.50 (0.20{NBSP}to{NBSP}0.80)", "2", "missed"]
     assert made["data"]["rows"] == [["MNIST", "real: exact", "9", "1", "5", "ab…"]]
     first = (tmp_path / "out" / "headline.png").read_bytes()
     page.write_headline(tmp_path, tmp_path / "out")

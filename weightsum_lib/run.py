@@ -49,8 +49,7 @@ def check(p: Params) -> None:
 
     config.pick_device(p.device)
     for name in params.DATASETS:
-        folder = Path(p.results_dir, "standins")
-        data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, str(folder))
+        data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, f"{p.results_dir}/standins")
 
 
 _sha256 = functools.lru_cache(lambda path, size, changed: store.file_sha256(path))

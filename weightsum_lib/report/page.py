@@ -40,15 +40,15 @@ def write_headline(folder: Path, target: Path) -> None:
         why = f"no front page without results; {folder}/<notebook>.ipynb say why they failed"
         raise RuntimeError(f"{why}. Run them again: make notebooks PROFILE={folder.name}")
     rows = rows.map(lambda cell: Interval(**cell) if isinstance(cell, dict) else cell)
-    rows["verdict"] = rows.apply(verdict_of, axis=1)
-    rows["tested"] = rows["task"].str.split(": ").str[-1]
+    rows = rows.assign(verdict=rows.apply(verdict_of, axis=1), tested=rows["task"].str.split(": ").str[-1])
     kinds = {pair: rows[(rows["method"] == row) & rows["task"].str.startswith(of)] for pair, of, row in _ANSWERS}
     kinds = pd.concat(kinds, names=["networks"]).set_index("tested", append=True).droplevel(1)
     made = [content["provenance"] for content in found.values()]
     last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
     measured = {at: each for of in made for at, each in of["measuring_seconds"].items()}
     data = {name: about for of in made for name, about in of["data"].items()}
-    tables = {"answer": _answer(kinds), "claims": _claims(found), "data": _data(data)}
+    larger = {name: store.read_json(target / f"day_{name[:2]}.json") or {} for name in _NOTEBOOKS}
+    tables = {"answer": _answer(kinds), "claims": _claims(found), "larger": _claims(larger), "data": _data(data)}
     tables["headline"] = table(rows.set_index(["task", "method"]), ["before", "after", "gap", "other"])
     values = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
     values["answer"], values["price"] = answer(rows, found)
