@@ -64,7 +64,7 @@ for halved in p.halves:
     for words, (other, least) in TARGETS.items():
         points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
         target = f"the target, {least} or more, is {findings.judge(points, least)}".replace("-", "−")
-        finding += f", {points} points against {words} ({target})"
+        finding += f", {points} points over {words} ({target})"
     if RANDOM in p.merged:
         recipe, plain = ((halved, "sum under random keys", networks) for networks in (f"{RANDOM}, unseen", ALONE))
         points = tables.interval(by_seed.loc[recipe] - by_seed.loc[plain])

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.no_cover  # what it covers others do, and being watched
         {},
         {"seeds": 2, "choice_seeds": 1, "ceiling_seeds": 1},
         {"pages": ["02"]},
-        {"pages": ["03", "04"]},
+        {"pages": ["03"]},
+        {"pages": ["04"]},
         {"pages": ["05"]},
     ],
 )

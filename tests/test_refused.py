@@ -30,7 +30,7 @@ def test_wrong_parameters_stop_before_anything_runs(tree):
     [
         (["all", "--profile", "full"], "no GPU here"),
         (["all", "--profile", "published"], "make book PROFILE=published"),
-        (["all", "--profile", "literal"], "has pages and is no report: make notebooks PROFILE=literal"),
+        (["all", "--profile", "literal"], "has some pages of the report alone: make notebooks PROFILE=literal"),
         (["notebooks", "--profile", "literal", "--notebook", "02"], "begins with '02'; there are 01_mnist_cifar10"),
         (
             ["all", "--profile", "smoke", "--seeds", "two"],
@@ -68,7 +68,10 @@ def test_a_dataset_that_is_neither_there_nor_allowed_stops_at_once(tree):
     assert failed.returncode == 2 and "no SVHN" in failed.stderr and "allow_standin: [svhn]" in failed.stderr
 
 
-@pytest.mark.parametrize(("profile", "notebook"), [("literal", "01_mnist_cifar10"), ("deep", "05_beside_others")])
+@pytest.mark.parametrize(
+    ("profile", "notebook"),
+    [("literal", "01_mnist_cifar10"), ("day", "04_what_transfers"), ("deep", "05_beside_others")],
+)
 def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch, profile, notebook):
     kept = shutil.copytree(ROOT / "book" / "published", tmp_path / "published")
     before = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}

@@ -11,7 +11,8 @@ import pytest
 import weightsum_lib
 from weightsum_lib.report import findings, page, plots, tables
 from weightsum_lib.report.tables import Interval, interval
-from weightsum_lib.study import params
+from weightsum_lib.run import notebook_names
+from weightsum_lib.study import params, store
 from weightsum_lib.study.params import Method
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -390,7 +391,8 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     ends = f"0.05 (0.02{NBSP}to{NBSP}0.08)"
     assert claims["Task 1 (joint ce), gap on MNIST"] == ["≤ 0.1", ends, "3", "reached"]
     assert claims["Task 2 (joint ce), gap on SVHN"] == ["≤ 1", "–", "–", "undecided"]
-    assert made["larger"]["rows"][1][2:] == [f"0.50 (0.20{NBSP}to{NBSP}0.80)", "2", "missed"]
+    (larger,) = made["larger"]["rows"]  # of one page
+    assert larger[2:] == [f"0.50 (0.20{NBSP}to{NBSP}0.80)", "2", "missed"]
     assert made["data"]["rows"] == [["MNIST", "real: exact", "9", "1", "5", "ab…"]]
     first = (tmp_path / "out" / "headline.png").read_bytes()
     page.write_headline(tmp_path, tmp_path / "out")
@@ -583,6 +585,18 @@ def test_the_published_run_is_whole_and_names_its_data_and_commit():
         assert path.stat().st_size < 2 * 2**20, path
         if path.suffix in (".json", ".ipynb", ".yaml"):
             assert not re.search(r"[\"' ]/(?:home|root|work|tmp|Users)/", path.read_text(encoding="utf-8")), path
+
+
+def test_pages_that_stand_in_every_report_have_an_opening_a_place_and_results_under_the_same_claims():
+    pages = {f"{of}_{name[:2]}" for of in params.STANDING for name in notebook_names(params.read(of))}
+    assert all(params.read(of).pages for of in params.STANDING)  # a whole report stands in none
+    book = PUBLISHED.parent
+    assert {path.stem for path in book.glob("*_[0-9][0-9].md")} == pages
+    assert set(re.findall(r"notebooks/(\w+_\d\d)\n", (book / "_toc.yml").read_text(encoding="utf-8"))) == pages
+    for suffix in ("json", "ipynb"):
+        assert {path.stem for path in PUBLISHED.glob(f"*_[0-9][0-9].{suffix}")} == pages
+    claims = {json.loads(path.read_text(encoding="utf-8"))["claims"] for path in PUBLISHED.glob("day_*.json")}
+    assert claims == {store.file_sha256(params.CLAIMS)}
 
 
 def test_publishing_replaces_the_readme_block_only(tmp_path):

@@ -220,8 +220,7 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
     if (at_once := _train_first(p) if len(stale) > 1 else 1) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() // at_once))
     with pool.opened(at_once, fresh=True) as pages:
-        done = dict(pages.each(names, lambda name: (name, functools.partial(execute, name, p, folder), 0)))
-    return all(done.values())
+        return all([ok for _, ok in pages.each(names, lambda n: (n, functools.partial(execute, n, p, folder), 0))])
 
 
 def _train_first(p: Params) -> int:
@@ -263,7 +262,7 @@ def train(p: Params, only_plan: bool) -> None:
 
 
 def publish(p: Params, folder: Path) -> None:
-    """Keep a profile's finished run as ``book/published`` and update the README from it; of a standing one the page.
+    """Keep a profile's finished run as ``book/published`` and update the README from it; of a standing one its pages.
 
     Raises:
         RunError: the run is not whole, not of the present code and parameters, or not of one clean commit.
@@ -308,7 +307,8 @@ def standing(folder: Path) -> dict[str, Path]:
         results = folder.parent / name / f"{notebook}.json"  # of a run that failed there is none
         made = {f"{name}_{notebook[:2]}{suffix}": results.with_suffix(suffix) for suffix in (".json", ".ipynb")}
         here |= made if results.exists() else dict.fromkeys(made, results)
-    return {name: path if path.exists() else PUBLISHED / name for name, path in here.items()}
+    places = {name: [at for at in (path, PUBLISHED / name) if at.exists()] for name, path in here.items()}
+    return {name: found[0] for name, found in places.items() if found}
 
 
 def build_book(folder: Path) -> Path:
@@ -389,7 +389,9 @@ def main(argv: list[str] | None = None) -> int:
             knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": given.seeds}
             p = params.read(given.profile, {name: value for name, value in knobs.items() if value != ""})
             if p.pages and given.step in ("book", "all", "publish")[: 2 if p.profile in params.STANDING else 3]:
-                raise ParamsError(f"'{p.profile}' has pages and is no report: make notebooks PROFILE={p.profile}")
+                raise ParamsError(
+                    f"'{p.profile}' has some pages of the report alone: make notebooks PROFILE={p.profile}"
+                )
             folder = Path(p.results_dir) / p.profile
         if given.step in ("plan", "train"):
             train(p, only_plan=given.step == "plan")

@@ -82,7 +82,7 @@ def shares(rows: pd.DataFrame, what: str, task: str, method: str, named: bool = 
 
 
 def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
-    """The study's answer, in two sentences, and what it costs.
+    """The study's answer, in two sentences; of what sums it is, and what it costs.
 
     Args:
         rows: of the front page, see :func:`shares`.
@@ -100,7 +100,8 @@ def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
         f"recipe, {recipe}.",
         f"The first are sums with a CIFAR-10 network{lost}, the others of an MNIST and an SVHN network: dense ones, "
         f"each trained to be added to a CIFAR-10 network, keep {met_others}. Batch norm is set on unlabelled images. "
-        f"The recipe has a price: its sums read {after}, dense networks of the profile's width, each alone, {alone}.",
+        f"The recipe has a price: its sums read {after}, dense networks of the profile's width, each alone, {alone}. "
+        "Who has both datasets can train one network on both instead.",
     )
 
 

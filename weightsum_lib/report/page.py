@@ -28,7 +28,7 @@ _ANSWERS = (  # the two networks, the tasks that tested them, the row
 def write_headline(folder: Path, target: Path) -> None:
     """Write ``headline.json`` and ``headline.png`` into ``target`` from the results in ``folder``.
 
-    Each notebook offers rows for the headline: what is summed, accuracy before and after (intervals), n.
+    Each notebook offers rows for the headline: task, method, accuracy before and after (intervals), n.
     Notebooks that have no results are left out; the pages that quote them say so.
 
     Raises:
@@ -47,15 +47,16 @@ def write_headline(folder: Path, target: Path) -> None:
     last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
     measured = {at: each for of in made for at, each in of["measuring_seconds"].items()}
     data = {name: about for of in made for name, about in of["data"].items()}
-    larger = {name: store.read_json(target / f"day_{name[:2]}.json") or {} for name in _NOTEBOOKS}
-    tables = {"answer": _answer(kinds), "claims": _claims(found), "larger": _claims(larger), "data": _data(data)}
+    tables = {"answer": _answer(kinds), "claims": _claims(found), "data": _data(data)}
     tables["headline"] = table(rows.set_index(["task", "method"]), ["before", "after", "gap", "other"])
     values = {"data_notice": data_notice(data), "run_notice": _run_notice(last)}
     values["answer"], values["price"] = answer(rows, found)
     train, test = (f"{sum(of.values()) / 60:,.1f}" for of in (runs, measured))
     values["times"] = f"{len(runs)} runs took {train} minutes of one process to train, {test} to test, others beside it"
-    for alone in target.glob("*_[0-9][0-9].json"):
-        values[f"{alone.stem}_notice"] = _run_notice(store.read_json(alone)["provenance"])
+    alone = {path.stem: store.read_json(path) or {} for path in target.glob("*_[0-9][0-9].json")}
+    values |= {f"{name}_notice": _run_notice(kept["provenance"]) for name, kept in alone.items() if kept}
+    larger = _claims({name: alone.get(f"day_{name[:2]}", {}) for name in _NOTEBOOKS})
+    tables["larger"] = larger[larger["n"] != "–"]
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)

@@ -300,7 +300,7 @@ def _against(p: Params) -> Iterator[str]:
         "the page beside others wants something to halve ('halves')": p.has("05") and not p.halves,
         f"the page beside others wants '{ALONE}' in 'merged'": p.has("05") and ALONE not in p.merged,
         f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
-        f"'arch' {p.arch} has the page beside others alone ('pages')": p.arch == "resnet20" and p.pages != ["05"],
+        f"'arch' {p.arch} has the page beside others alone ('pages')": p.arch == "resnet20" and {*p.pages} != {"05"},
         f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
         "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,
     }
@@ -318,8 +318,7 @@ def check(values: Mapping, where: str) -> Params:
         ParamsError: unknown, missing, of the wrong type, or impossible.
     """
     p, recipes = _make(Params, values, where), _read("recipes")
-    made = {n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in _OF_ROWS}
-    p = replace(p, **made)
+    p = replace(p, **{n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in _OF_ROWS})
     if why := next(_against(p), None):
         raise ParamsError(f"{where}: {why}")
     return p
