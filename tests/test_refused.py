@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from weightsum_lib import normalize, run, vgg8
 from weightsum_lib.report.page import readme_headline
-from weightsum_lib.study import measure, params, runs, store
+from weightsum_lib.study import measure, params, plan, runs, store
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +48,7 @@ def test_what_cannot_be_run_stops_at_once_and_says_what_to_do(tree, arguments, m
 
 def test_what_stops_the_training_of_all_pages_is_said_and_each_page_goes_on(monkeypatch, capfd, tmp_path):
     def fails(study, configs):
+        made.append(f"training of {len(configs)}")
         raise FloatingPointError("the loss is not finite")
 
     made, p = [], params.read("smoke", {"device": "cpu"})
@@ -58,7 +59,9 @@ def test_what_stops_the_training_of_all_pages_is_said_and_each_page_goes_on(monk
     monkeypatch.setattr(run, "check", lambda p: None)
     monkeypatch.setattr(run, "execute", lambda name, *_: made.append(name) or name[1] != "3")
     monkeypatch.setattr(run.pool, "opened", lambda at_once, fresh: contextlib.nullcontext(run.pool.Pool()))
-    assert not run.run_notebooks(p, tmp_path) and made == run.notebook_names(p)  # one failed, which stopped none
+    assert not run.run_notebooks(p, tmp_path)
+    first = f"training of {len(plan.queue(runs.Study(p)))}"  # of all that the pages need, before any page
+    assert made == [first, *run.notebook_names(p)]  # one failed, which stopped none
     assert "  training: stopped by FloatingPointError: the loss is not finite\n" in capfd.readouterr().err
 
 
