@@ -178,8 +178,7 @@ def _cells(path: Path) -> list | None:
 def _differing(names: Sequence[str]) -> list[list[Path]]:
     """The .py and the .ipynb, the older one first, of those notebooks whose cells were edited in one of them alone."""
     pairs = [[NOTEBOOKS / f"{name}.{suffix}" for suffix in ("py", "ipynb")] for name in names]
-    there = [pair for pair in pairs if pair[1].is_file() and _cells(pair[0]) != _cells(pair[1])]
-    return [sorted(pair, key=os.path.getmtime) for pair in there]
+    return [sorted(two, key=os.path.getmtime) for two in pairs if two[1].is_file() and _cells(two[0]) != _cells(two[1])]
 
 
 def pair() -> None:

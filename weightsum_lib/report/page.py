@@ -151,4 +151,5 @@ def readme_headline(published: Path) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     figure = "![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)"
     made_with = f"{values['run_notice']} {values['data_notice'].replace('on this page', 'here')}"
-    return f"**{values['answer']}** {values['price']}\n\n{figure}\n\n{table}\n\n{made_with}\n"
+    larger = f"With VGG16 and all training images: {store.read_json(published / 'day_04.json')['values']['finding']}"
+    return f"**{values['answer']}** {values['price']}\n\n{figure}\n\n{table}\n\n{larger}\n\n{made_with}\n"
