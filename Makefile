@@ -32,15 +32,15 @@ export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 .PHONY: help all setup plan train notebooks book publish bench lab test test-hard lock clean
 
 help:  ## Print this help.
-	@echo "make TARGET [PROFILE=smoke|quick|evening|literal|residual|deep|deep_recipe|day|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda] [CLUSTER=address] [NOTEBOOK=03] [FORCE=1]"
+	@echo "make TARGET [PROFILE=smoke|quick|evening|literal|residual|deep|day|full] [DATA_DIR=folder] [SEEDS=n] [DEVICE=cpu|cuda] [CLUSTER=address] [NOTEBOOK=03] [FORCE=1]"
 	@echo
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo
 	@echo "  PROFILE   smoke: seconds, for tests; quick (default): a laptop; evening: the same with"
 	@echo "            intervals and parts, hours of training on two cores; literal: task 1 alone, with the"
 	@echo "            network that was asked about; residual, deep: the page beside others alone, on a"
-	@echo "            ResNet-20 and on VGG16; deep_recipe: the page of the recipe alone, on VGG16;"
-	@echo "            day: VGG16, all images; full: one GPU, real data only;"
+	@echo "            ResNet-20 and on VGG16; day: the page of the recipe alone, on VGG16 and all"
+	@echo "            images; full: one GPU, real data only;"
 	@echo "            published: the stored run of the report, for 'make book' only"
 	@echo "  DATA_DIR  folder of the prepared datasets (default: data)"
 	@echo "  SEEDS     seeds of each method, for intervals"

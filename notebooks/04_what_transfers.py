@@ -27,7 +27,7 @@
 # What to expect is below: the whole curve over k, what each part is worth (not every step above is shown to be needed),
 # where the losses are, how many networks fit, and the price: the sum is wide, its networks are small, and who has
 # both datasets can train one network on both instead ([task 3](03_mnist_svhn)). A deeper network has
-# [a page of its own](deep_recipe).
+# [a page of its own](day_04).
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and

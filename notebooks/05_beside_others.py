@@ -22,7 +22,7 @@
 # outside the benchmark), or beside one of another dataset (*unseen*: what a network says to classes that it never saw
 # is then an open-set problem). Task arithmetic and TIES, as Fisher averaging and RegMean, are made for networks
 # fine-tuned from one *pretrained* model; here there is none, so what they read here says little of them there. [Does it
-# need a VGG?](residual) shows the same on a ResNet-20, [Does depth change it?](deep) on VGG16.
+# need a VGG?](residual_05) shows the same on a ResNet-20, [Does depth change it?](deep_05) on VGG16.
 
 # %% tags=["parameters", "remove-cell"]
 # Every knob has the value of params/<profile>.yaml. Add lines such as `seeds = 3` to change some; `make` and
@@ -64,7 +64,7 @@ for halved in p.halves:
     for words, (other, least) in TARGETS.items():
         points = tables.interval(by_seed.loc[(halved, *SUM)] - by_seed.loc[(halved, *other)])
         target = f"the target, {least} or more, is {findings.judge(points, least)}".replace("-", "−")
-        finding += f", {points} points more (−: less) than {words} ({target})"
+        finding += f", {points} points over {words} ({target})"
     if RANDOM in p.merged:
         recipe, plain = ((halved, "sum under random keys", networks) for networks in (f"{RANDOM}, unseen", ALONE))
         points = tables.interval(by_seed.loc[recipe] - by_seed.loc[plain])

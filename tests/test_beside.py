@@ -46,7 +46,7 @@ def right(study, answers, tested="mnist"):
 @pytest.fixture(scope="module")
 def residual(tmp_path_factory):
     rows = dict.fromkeys((ALONE, DISJOINT))
-    tiny = {"arch": "resnet20", "width": 1.0, "only_page": 5, "rows": {}, "halves": ["mnist"], "epochs": 1}
+    tiny = {"arch": "resnet20", "width": 1.0, "pages": ["05"], "rows": {}, "halves": ["mnist"], "epochs": 1}
     return Study(tiny_params(tmp_path_factory.mktemp("residual"), merged=rows, **tiny))
 
 

@@ -14,7 +14,7 @@ from weightsum_lib.run import NOTEBOOKS, notebook_names
 from weightsum_lib.study import params
 from weightsum_lib.study.params import DISJOINT, RANDOM, SHARED, TRAINED, Method, ParamsError
 
-PROFILES = ["smoke", "quick", "evening", "literal", "residual", "deep", "deep_recipe", "day", "full"]
+PROFILES = ["smoke", "quick", "evening", "literal", "residual", "deep", "day", "full"]
 KEYED = {"protocol": "joint", "third": "ce", "network_width": 0.25}
 ROWS = {"independent": None, "joint ce": None, "random keys": None, "disjoint keys": None, "keys alone": None}
 
@@ -208,7 +208,8 @@ def test_a_row_is_held_against_networks_of_its_own_size():
         ({"arch": "resnet20"}, r"'arch' resnet20 has the page beside others alone"),
         ({"halves": []}, r"wants something to halve \('halves'\)"),
         ({"merged": {"disjoint keys": None}}, r"wants 'keys alone' in 'merged'"),
-        ({"only_page": 3}, r"'only_page' .* must be int 0 or 1 or 2 or 4 or 5, got 3"),
+        ({"pages": ["04", "recipe"]}, r"'pages' names 'recipe'; known: 01, 02, 03, 04, 05"),
+        ({"pages": ["03", "04"], "rows": {k: None for k in ROWS if k != "joint ce"}}, r"'rows' lacks 'joint ce', which the findings compare"),
         ({"width": 1 / 32}, r"the widths are out of bounds: a network's ≥ 1/64"),
         ({"width": 8, "parts": {"x": {**KEYED, "keys": "random", "sum_width": 4}}}, r"the sum's ≤ 16"),
     ],

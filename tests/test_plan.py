@@ -20,7 +20,14 @@ pytestmark = pytest.mark.no_cover  # what it covers others do, and being watched
 
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"seeds": 2, "choice_seeds": 1, "ceiling_seeds": 1}, {"only_page": 2}, {"only_page": 4}, {"only_page": 5}],
+    [
+        {},
+        {"seeds": 2, "choice_seeds": 1, "ceiling_seeds": 1},
+        {"pages": ["02"]},
+        {"pages": ["03"]},
+        {"pages": ["04"]},
+        {"pages": ["05"]},
+    ],
 )
 def test_the_queue_is_what_the_notebooks_ask_for(monkeypatch, tmp_path, knobs):
     asked, draws = set(), random.Random(0)
@@ -65,5 +72,5 @@ def test_the_queue_is_what_the_notebooks_ask_for(monkeypatch, tmp_path, knobs):
     queue = plan.queue(study)
     assert len(queue) == len(set(queue)) and set(study.with_parents(queue)) == asked
     assert {config.seed for config in queue} >= ({0, 1, 100} if "seeds" in knobs else {0})
-    assert p.only_page != 2 or {config.main for config in queue} == {"svhn", "cifar10"}
-    assert p.only_page != 5 or {config.main[:-4] for config in queue} == {f"{name} classes" for name in p.halves}
+    assert p.pages != ["02"] or {config.main for config in queue} == {"svhn", "cifar10"}
+    assert p.pages != ["05"] or {config.main[:-4] for config in queue} == {f"{name} classes" for name in p.halves}

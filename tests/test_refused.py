@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from weightsum_lib import normalize, run, vgg8
 from weightsum_lib.report.page import readme_headline
-from weightsum_lib.study import measure, params, runs, store
+from weightsum_lib.study import measure, params, plan, runs, store
 
 ROOT = Path(__file__).parent.parent
 
@@ -30,7 +30,7 @@ def test_wrong_parameters_stop_before_anything_runs(tree):
     [
         (["all", "--profile", "full"], "no GPU here"),
         (["all", "--profile", "published"], "make book PROFILE=published"),
-        (["all", "--profile", "literal"], "one page and no report: make notebooks PROFILE=literal"),
+        (["all", "--profile", "literal"], "has some pages of the report alone: make notebooks PROFILE=literal"),
         (["notebooks", "--profile", "literal", "--notebook", "02"], "begins with '02'; there are 01_mnist_cifar10"),
         (
             ["all", "--profile", "smoke", "--seeds", "two"],
@@ -48,6 +48,7 @@ def test_what_cannot_be_run_stops_at_once_and_says_what_to_do(tree, arguments, m
 
 def test_what_stops_the_training_of_all_pages_is_said_and_each_page_goes_on(monkeypatch, capfd, tmp_path):
     def fails(study, configs):
+        made.append(f"training of {len(configs)}")
         raise FloatingPointError("the loss is not finite")
 
     made, p = [], params.read("smoke", {"device": "cpu"})
@@ -58,7 +59,9 @@ def test_what_stops_the_training_of_all_pages_is_said_and_each_page_goes_on(monk
     monkeypatch.setattr(run, "check", lambda p: None)
     monkeypatch.setattr(run, "execute", lambda name, *_: made.append(name) or name[1] != "3")
     monkeypatch.setattr(run.pool, "opened", lambda at_once, fresh: contextlib.nullcontext(run.pool.Pool()))
-    assert not run.run_notebooks(p, tmp_path) and made == run.notebook_names(p)  # one failed, which stopped none
+    assert not run.run_notebooks(p, tmp_path)
+    first = f"training of {len(plan.queue(runs.Study(p)))}"  # of all that the pages need, before any page
+    assert made == [first, *run.notebook_names(p)]  # one failed, which stopped none
     assert "  training: stopped by FloatingPointError: the loss is not finite\n" in capfd.readouterr().err
 
 
@@ -68,7 +71,10 @@ def test_a_dataset_that_is_neither_there_nor_allowed_stops_at_once(tree):
     assert failed.returncode == 2 and "no SVHN" in failed.stderr and "allow_standin: [svhn]" in failed.stderr
 
 
-@pytest.mark.parametrize(("profile", "notebook"), [("literal", "01_mnist_cifar10"), ("deep", "05_beside_others")])
+@pytest.mark.parametrize(
+    ("profile", "notebook"),
+    [("literal", "01_mnist_cifar10"), ("day", "04_what_transfers"), ("deep", "05_beside_others")],
+)
 def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, monkeypatch, profile, notebook):
     kept = shutil.copytree(ROOT / "book" / "published", tmp_path / "published")
     before = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
@@ -77,21 +83,22 @@ def test_a_page_is_published_alone_and_shown_from_where_it_was_made(tmp_path, mo
     monkeypatch.setattr(run, "PUBLISHED", kept)
     monkeypatch.setattr(run, "_is_fresh", lambda *_: True)
     folder = tmp_path / "results" / profile
-    page = [f"{profile}.json", f"{profile}.ipynb"]
-    assert all(run.standing(folder)[name] == kept / name for name in page)
+    name = f"{profile}_{notebook[:2]}"
+    page = [f"{name}.json", f"{name}.ipynb"]
+    assert all(run.standing(folder)[made] == kept / made for made in page)
     content = store.read_json(kept / f"{notebook}.json")
     content["provenance"]["commit"], content["provenance"]["params"]["arch"] = "abc123", "vgg99"
     store.write_json(folder / f"{notebook}.ipynb", {"cells": []})
-    assert run.standing(folder)[f"{profile}.ipynb"] == kept / f"{profile}.ipynb"  # without results it failed
+    assert run.standing(folder)[f"{name}.ipynb"] == kept / f"{name}.ipynb"  # without results it failed
     store.write_json(folder / f"{notebook}.json", content)
-    assert all(run.standing(folder)[name].parent == folder for name in page)
+    assert all(run.standing(folder)[made].parent == folder for made in page)
     run.publish(params.read(profile, {"results_dir": str(folder.parent)}), folder)
     after = {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()}
     assert {name for name in after if after[name] != before.get(name)} <= {*page, "headline.json", "headline.png"}
-    assert after[f"{profile}.json"] == (folder / f"{notebook}.json").read_bytes()
+    assert after[f"{name}.json"] == (folder / f"{notebook}.json").read_bytes()
     assert readme_headline(kept) in (tmp_path / "README.md").read_text(encoding="utf-8")
     values = store.read_json(kept / "headline.json")["values"]
-    assert "VGG99" in values.pop(f"{profile}_notice") and not any("VGG99" in str(value) for value in values.values())
+    assert "VGG99" in values.pop(f"{name}_notice") and not any("VGG99" in str(value) for value in values.values())
 
 
 def test_results_are_of_the_claims_and_the_code_that_they_were_made_with(tiny, tmp_path, monkeypatch, capsys):

@@ -11,7 +11,8 @@ import pytest
 import weightsum_lib
 from weightsum_lib.report import findings, page, plots, tables
 from weightsum_lib.report.tables import Interval, interval
-from weightsum_lib.study import params
+from weightsum_lib.run import notebook_names
+from weightsum_lib.study import params, store
 from weightsum_lib.study.params import Method
 
 NBSP = "\N{NO-BREAK SPACE}"
@@ -370,8 +371,12 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     # strangers, of which one reads the other's digits: with its classes renamed nothing is left
     helped = row("joint ce", 45.0) | {"task": "Task 3: MNIST", "renamed": interval([12.0])._asdict()}
     (tmp_path / "03_mnist_svhn.json").write_text(json.dumps({**content, "headline": [helped], "intervals": {}}))
+    wide = {**content, "intervals": {"joint_ce.gap_mnist": Interval(0.5, 0.2, 0.8, 2)._asdict()}}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "day_01.json").write_text(json.dumps(wide))  # a page that stands in every report
     page.write_headline(tmp_path, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "headline.json").read_text())
+    assert content["values"]["day_01_notice"] == content["values"]["run_notice"]
     made, notice = content["tables"], content["values"]["run_notice"]
     assert content["values"]["answer"].startswith("Added, two networks that were trained apart keep 11.2 % of MNIST;")
     assert "of CIFAR-10 itself the sum of task 1 reads 9 %, by chance 10" in content["values"]["price"]
@@ -386,6 +391,8 @@ def test_the_front_page_is_made_from_results_and_says_what_they_say(tmp_path):
     ends = f"0.05 (0.02{NBSP}to{NBSP}0.08)"
     assert claims["Task 1 (joint ce), gap on MNIST"] == ["≤ 0.1", ends, "3", "reached"]
     assert claims["Task 2 (joint ce), gap on SVHN"] == ["≤ 1", "–", "–", "undecided"]
+    (larger,) = made["larger"]["rows"]  # of one page
+    assert larger[2:] == [f"0.50 (0.20{NBSP}to{NBSP}0.80)", "2", "missed"]
     assert made["data"]["rows"] == [["MNIST", "real: exact", "9", "1", "5", "ab…"]]
     first = (tmp_path / "out" / "headline.png").read_bytes()
     page.write_headline(tmp_path, tmp_path / "out")
@@ -580,12 +587,24 @@ def test_the_published_run_is_whole_and_names_its_data_and_commit():
             assert not re.search(r"[\"' ]/(?:home|root|work|tmp|Users)/", path.read_text(encoding="utf-8")), path
 
 
+def test_pages_that_stand_in_every_report_have_an_opening_a_place_and_results_under_the_same_claims():
+    pages = {f"{of}_{name[:2]}" for of in params.STANDING for name in notebook_names(params.read(of))}
+    assert all(params.read(of).pages for of in params.STANDING)  # a whole report stands in none
+    book = PUBLISHED.parent
+    assert {path.stem for path in book.glob("*_[0-9][0-9].md")} == pages
+    assert set(re.findall(r"notebooks/(\w+_\d\d)\n", (book / "_toc.yml").read_text(encoding="utf-8"))) == pages
+    for suffix in ("json", "ipynb"):
+        assert {path.stem for path in PUBLISHED.glob(f"*_[0-9][0-9].{suffix}")} == pages
+    claims = {json.loads(path.read_text(encoding="utf-8"))["claims"] for path in PUBLISHED.glob("day_*.json")}
+    assert claims == {store.file_sha256(params.CLAIMS)}
+
+
 def test_publishing_replaces_the_readme_block_only(tmp_path):
     source, readme = tmp_path / "run", tmp_path / "README.md"
     source.mkdir()
     for path in PUBLISHED.glob("[0-9]*"):
         (source / path.name).write_bytes(path.read_bytes())
-    alone = [path for name in params.STANDING for path in PUBLISHED.glob(f"{name}.*")]
+    alone = [path for name in params.STANDING for path in PUBLISHED.glob(f"{name}_*")]
     files = {path.name: path for path in [*source.iterdir(), *PUBLISHED.glob("bench.*"), *alone]}
     readme.write_text(f"before\n{page._BEGIN}old\n{page._END}after\n", encoding="utf-8")
     page.publish(files, tmp_path / "book" / "published")

@@ -131,8 +131,7 @@ def in_turns(steps: Mapping[str, Callable], seconds: float | None = None) -> pd.
         step()  # the first one, which is slow
     rows, left = [], _SECONDS if seconds is None else seconds
     while len(rows) < 3 or (len(rows) < 20 and left > 0):
-        order = random.Random(len(rows)).sample([*steps], len(steps))
-        rows.append({name: _seconds(steps[name]) for name in order})
+        rows.append({name: _seconds(steps[name]) for name in random.Random(len(rows)).sample([*steps], len(steps))})
         left -= sum(rows[-1].values())
     return pd.DataFrame(rows, columns=[*steps])
 

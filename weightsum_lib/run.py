@@ -33,7 +33,7 @@ class RunError(RuntimeError):
 def notebook_names(p: Params | None = None) -> list[str]:
     """The notebooks in reading order: all, or those that a profile has."""
     names = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.py"))
-    return [name for name in names if not (p and p.only_page) or int(name[:2]) == p.only_page]
+    return [name for name in names if not (p and p.pages) or name[:2] in p.pages]
 
 
 def check(p: Params) -> None:
@@ -49,8 +49,7 @@ def check(p: Params) -> None:
 
     config.pick_device(p.device)
     for name in params.DATASETS:
-        folder = Path(p.results_dir, "standins")
-        data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, str(folder))
+        data.load(name, p.data_dir, p.allow_standin, p.train_images, p.test_images, f"{p.results_dir}/standins")
 
 
 _sha256 = functools.lru_cache(lambda path, size, changed: store.file_sha256(path))
@@ -179,8 +178,7 @@ def _cells(path: Path) -> list | None:
 def _differing(names: Sequence[str]) -> list[list[Path]]:
     """The .py and the .ipynb, the older one first, of those notebooks whose cells were edited in one of them alone."""
     pairs = [[NOTEBOOKS / f"{name}.{suffix}" for suffix in ("py", "ipynb")] for name in names]
-    there = [pair for pair in pairs if pair[1].is_file() and _cells(pair[0]) != _cells(pair[1])]
-    return [sorted(pair, key=os.path.getmtime) for pair in there]
+    return [sorted(two, key=os.path.getmtime) for two in pairs if two[1].is_file() and _cells(two[0]) != _cells(two[1])]
 
 
 def pair() -> None:
@@ -221,8 +219,7 @@ def run_notebooks(p: Params, folder: Path, begins: str = "", again: bool = False
     if (at_once := _train_first(p) if len(stale) > 1 else 1) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() // at_once))
     with pool.opened(at_once, fresh=True) as pages:
-        done = dict(pages.each(names, lambda name: (name, functools.partial(execute, name, p, folder), 0)))
-    return all(done.values())
+        return all([ok for _, ok in pages.each(names, lambda n: (n, functools.partial(execute, n, p, folder), 0))])
 
 
 def _train_first(p: Params) -> int:
@@ -264,7 +261,7 @@ def train(p: Params, only_plan: bool) -> None:
 
 
 def publish(p: Params, folder: Path) -> None:
-    """Keep a profile's finished run as ``book/published`` and update the README from it; of a standing one the page.
+    """Keep a profile's finished run as ``book/published`` and update the README from it; of a standing one its pages.
 
     Raises:
         RunError: the run is not whole, not of the present code and parameters, or not of one clean commit.
@@ -274,12 +271,12 @@ def publish(p: Params, folder: Path) -> None:
     if stale := [name for name in notebook_names(p) if not _is_fresh(name, p, folder)]:
         why = "failed, or is not of this code, these parameters and these claims; run it again"
         raise RunError(f"{', '.join(stale)} in {folder} {why}")
-    commits = {store.read_json(f)["provenance"]["commit"] for f in _all_made(folder) if f.suffix == ".json"}
+    commits = {store.read_json(f)["provenance"]["commit"] for f in _all_made(folder, p) if f.suffix == ".json"}
     if len(commits) != 1 or any(commit == "unknown" or not commit.isalnum() for commit in commits):
         raise RunError(f"a published run is of one commit without changes, this is of {commits}; commit, run it again")
-    if p.only_page:
-        for path in _made(*notebook_names(p), folder):
-            shutil.copyfile(path, PUBLISHED / f"{p.profile}{path.suffix}")
+    if p.pages:
+        for path in _all_made(folder, p):
+            shutil.copyfile(path, PUBLISHED / f"{p.profile}_{path.name[:2]}{path.suffix}")
         page.write_headline(PUBLISHED, PUBLISHED)
     else:
         from weightsum_lib.study import measure, runs
@@ -290,26 +287,27 @@ def publish(p: Params, folder: Path) -> None:
     print(f"published: {PUBLISHED}, README.md")
 
 
-def _all_made(folder: Path) -> list[Path]:
+def _all_made(folder: Path, p: Params | None = None) -> list[Path]:
     """The executed notebooks and the results of a profile."""
-    return [path for name in notebook_names() for path in _made(name, folder)]
+    return [path for name in notebook_names(p) for path in _made(name, folder)]
 
 
 def standing(folder: Path) -> dict[str, Path]:
     """What every report shows, whatever its profile, by its name there: made here, else as it was published.
 
-    That is what ``make bench`` measured, and the pages of the profiles that stand there (``params.STANDING``).
+    That is what ``make bench`` measured, and the pages of the profiles that stand there (``params.STANDING``), such as
+    ``literal_01.json``.
 
     Args:
         folder: a profile's results, beside which those of the others lie.
     """
     here = {name: folder.parent / name for name in ("bench.json", "bench.png", "scale.json")}
-    for name in params.STANDING:
-        (notebook,) = notebook_names(params.read(name))
+    for name, notebook in ((of, page) for of in params.STANDING for page in notebook_names(params.read(of))):
         results = folder.parent / name / f"{notebook}.json"  # of a run that failed there is none
-        made = {f"{name}{suffix}": results.with_suffix(suffix) for suffix in (".json", ".ipynb")}
+        made = {f"{name}_{notebook[:2]}{suffix}": results.with_suffix(suffix) for suffix in (".json", ".ipynb")}
         here |= made if results.exists() else dict.fromkeys(made, results)
-    return {name: path if path.exists() else PUBLISHED / name for name, path in here.items()}
+    places = {name: [at for at in (path, PUBLISHED / name) if at.exists()] for name, path in here.items()}
+    return {name: found[0] for name, found in places.items() if found}
 
 
 def build_book(folder: Path) -> Path:
@@ -346,8 +344,8 @@ def build_book(folder: Path) -> Path:
             to = source / ("notebooks" if path.suffix == ".ipynb" else "results")
             to.mkdir(exist_ok=True)
             shutil.copyfile(path, to / name)
-        for name in params.STANDING:
-            page.open_with(source / "notebooks" / f"{name}.ipynb", BOOK / f"{name}.md")
+        for opening in BOOK.glob("*_[0-9][0-9].md"):
+            page.open_with(source / "notebooks" / f"{opening.stem}.ipynb", opening)
         page.write_headline(folder, source / "results")
         stamp_file.unlink(missing_ok=True)
         shutil.rmtree(first.parent, ignore_errors=True)
@@ -389,8 +387,10 @@ def main(argv: list[str] | None = None) -> int:
             # not every shell expands DATA_DIR=~/…
             knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": given.seeds}
             p = params.read(given.profile, {name: value for name, value in knobs.items() if value != ""})
-            if p.only_page and given.step in ("book", "all", "publish")[: 2 if p.profile in params.STANDING else 3]:
-                raise ParamsError(f"'{p.profile}' is one page and no report: make notebooks PROFILE={p.profile}")
+            if p.pages and given.step in ("book", "all", "publish")[: 2 if p.profile in params.STANDING else 3]:
+                raise ParamsError(
+                    f"'{p.profile}' has some pages of the report alone: make notebooks PROFILE={p.profile}"
+                )
             folder = Path(p.results_dir) / p.profile
         if given.step in ("plan", "train"):
             train(p, only_plan=given.step == "plan")

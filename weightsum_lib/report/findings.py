@@ -70,20 +70,19 @@ def shares(rows: pd.DataFrame, what: str, task: str, method: str, named: bool = 
     """What a method reads of each dataset, percent on average: "23.9 % of MNIST and 24.5 % of SVHN", or the numbers.
 
     Args:
-        rows: of the front page, with ``task``, ``method``, ``before``, ``after`` and ``kept``.
+        rows: of the front page, with ``task``, ``tested``, ``method``, ``before``, ``after`` and ``kept``.
         what: "before" or "after" the sum, or what is "kept" of the one in the other.
         task: how the names of the tasks begin, a pattern.
         method: the method.
         named: whether the datasets are.
     """
     of = rows[rows["task"].str.match(task) & (rows["method"] == method)]
-    datasets = of["task"].str.split(": ").str[-1]
-    each = [f"{cell.mean:.1f}" + f" % of {name}" * named for cell, name in zip(of[what], datasets, strict=True)]
+    each = [f"{cell.mean:.1f}" + f" % of {name}" * named for cell, name in zip(of[what], of["tested"], strict=True)]
     return " and ".join(each) + " %" * (not named) if each else "–"
 
 
 def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
-    """The study's answer, in two sentences, and what it costs.
+    """The study's answer, in two sentences; of what sums it is, and what it costs.
 
     Args:
         rows: of the front page, see :func:`shares`.
@@ -101,7 +100,8 @@ def answer(rows: pd.DataFrame, found: Mapping[str, dict]) -> tuple[str, str]:
         f"recipe, {recipe}.",
         f"The first are sums with a CIFAR-10 network{lost}, the others of an MNIST and an SVHN network: dense ones, "
         f"each trained to be added to a CIFAR-10 network, keep {met_others}. Batch norm is set on unlabelled images. "
-        f"The recipe has a price: its sums read {after}, dense networks of the profile's width, each alone, {alone}.",
+        f"The recipe has a price: its sums read {after}, dense networks of the profile's width, each alone, {alone}. "
+        "Who has both datasets can train one network on both instead.",
     )
 
 

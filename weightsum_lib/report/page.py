@@ -28,7 +28,7 @@ _ANSWERS = (  # the two networks, the tasks that tested them, the row
 def write_headline(folder: Path, target: Path) -> None:
     """Write ``headline.json`` and ``headline.png`` into ``target`` from the results in ``folder``.
 
-    Each notebook offers rows for the headline: what is summed, accuracy before and after (intervals), n.
+    Each notebook offers rows for the headline: task, method, accuracy before and after (intervals), n.
     Notebooks that have no results are left out; the pages that quote them say so.
 
     Raises:
@@ -40,12 +40,9 @@ def write_headline(folder: Path, target: Path) -> None:
         why = f"no front page without results; {folder}/<notebook>.ipynb say why they failed"
         raise RuntimeError(f"{why}. Run them again: make notebooks PROFILE={folder.name}")
     rows = rows.map(lambda cell: Interval(**cell) if isinstance(cell, dict) else cell)
-    rows["verdict"] = rows.apply(verdict_of, axis=1)
-    kinds = []
-    for networks, tasks, method in _ANSWERS:
-        of = rows[(rows["method"] == method) & rows["task"].str.startswith(tasks)]
-        kinds.append(of.assign(networks=networks, tested=of["task"].str.split(": ").str[-1]))
-    kinds = pd.concat(kinds).set_index(["networks", "tested"])
+    rows = rows.assign(verdict=rows.apply(verdict_of, axis=1), tested=rows["task"].str.split(": ").str[-1])
+    kinds = {pair: rows[(rows["method"] == row) & rows["task"].str.startswith(of)] for pair, of, row in _ANSWERS}
+    kinds = pd.concat(kinds, names=["networks"]).set_index("tested", append=True).droplevel(1)
     made = [content["provenance"] for content in found.values()]
     last, runs = made[-1], {run: seconds for of in made for run, seconds in of["training_seconds"].items()}  # each once
     measured = {at: each for of in made for at, each in of["measuring_seconds"].items()}
@@ -56,9 +53,10 @@ def write_headline(folder: Path, target: Path) -> None:
     values["answer"], values["price"] = answer(rows, found)
     train, test = (f"{sum(of.values()) / 60:,.1f}" for of in (runs, measured))
     values["times"] = f"{len(runs)} runs took {train} minutes of one process to train, {test} to test, others beside it"
-    for name in params.STANDING:
-        if alone := store.read_json(target / f"{name}.json"):
-            values[f"{name}_notice"] = _run_notice(alone["provenance"])
+    alone = {path.stem: store.read_json(path) or {} for path in target.glob("*_[0-9][0-9].json")}
+    values |= {f"{name}_notice": _run_notice(kept["provenance"]) for name, kept in alone.items() if kept}
+    larger = _claims({name: alone.get(f"day_{name[:2]}", {}) for name in _NOTEBOOKS})
+    tables["larger"] = larger[larger["n"] != "–"]
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
     content["tables"] = {name: as_json(frame) for name, frame in tables.items()}
     store.write_json(target / "headline.json", content)
@@ -153,4 +151,5 @@ def readme_headline(published: Path) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     figure = "![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)"
     made_with = f"{values['run_notice']} {values['data_notice'].replace('on this page', 'here')}"
-    return f"**{values['answer']}** {values['price']}\n\n{figure}\n\n{table}\n\n{made_with}\n"
+    larger = f"With VGG16 and all training images: {store.read_json(published / 'day_04.json')['values']['finding']}"
+    return f"**{values['answer']}** {values['price']}\n\n{figure}\n\n{table}\n\n{larger}\n\n{made_with}\n"

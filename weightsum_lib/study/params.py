@@ -27,7 +27,9 @@ _NAMED = ("protocol", "third", "keys", "start", "network_width", "sum_width")  #
 _OF_ROWS = ("rows", "parts", "merged")  # knobs that hold a recipe for each label
 PARAMS_DIR = Path(__file__).parents[2] / "params"
 CLAIMS = PARAMS_DIR / "claims.yaml"
-STANDING = ("literal", "deep_recipe", "residual", "deep")  # profiles whose one page stands in every report
+STANDING = ("literal", "day", "residual", "deep")  # profiles whose pages stand in every report
+_OF_DENSE, _OF_KEYED = (BASELINE, TRAINED), (BASELINE, ALONE, DISJOINT, RANDOM)
+_PAGES = {"01": _OF_DENSE, "02": _OF_DENSE, "03": (*_OF_KEYED, TRAINED), "04": _OF_KEYED, "05": ()}  # and their rows
 _TAKEN = ("recipes", "claims", "published", "runs", "measurements", "standins")  # no names for a profile
 _LABEL = re.compile(r"[^\W_](?:[\w ,.+/×=()-]{0,62}[\w.+)])?")
 
@@ -139,7 +141,7 @@ class Params:
     choice_seeds: int = _knob("seeds 100, 101, … that choices are made with; 0: those of the rows", _from(0, 1000))
     draws: int = _knob("draws of random keys", _from(1, 1000))
     ceiling_seeds: int = _knob("seeds of networks that meet both tasks of task 3; 0: few mergers", _from(0, 1000))
-    only_page: int = _knob("1, 2, 4 or 5: that page alone; 0: the whole report", _one_of(0, 1, 2, 4, 5))
+    pages: list = _knob("numbers of its pages, such as 01; none: the whole report")
     rows: dict = _knob("label: recipe of each row of the report")
     parts: dict = _knob("label: recipe of each row that only the page on what transfers has")
     merged: dict = _knob("label: recipe of each row whose networks the page beside others merges")
@@ -164,6 +166,10 @@ class Params:
     def seeds_of(self, label: str) -> range:
         """The seeds of a row: 0, 1, …, as many as the profile and the method allow."""
         return range(min(self.seeds, self.method(label).seeds))
+
+    def has(self, page: str) -> bool:
+        """Whether the report has a page, or these of its pages."""
+        return page in (self.pages or _PAGES)
 
     def parts_with(self, keys: str) -> list[str]:
         """The parts whose keys are of a kind."""
@@ -278,24 +284,23 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
 
 def _against(p: Params) -> Iterator[str]:
     """Why these parameters can't be used."""
-    needed = (BASELINE, ALONE, DISJOINT, RANDOM)
-    needed = {0: (*needed, TRAINED), 4: needed, 5: ()}.get(p.only_page, (BASELINE, TRAINED))
+    needed = dict.fromkeys(each for page, rows in _PAGES.items() if p.has(page) for each in rows)
     yield from (f"'rows' lacks '{each}', which the findings compare" for each in needed if each not in p.rows)
     slugs = {}
     for label in p.methods:
         if slugs.setdefault(slug(label), label) != label:
             yield f"the labels '{slugs[slug(label)]}' and '{label}' are one in the names of results; change one"
         yield from (f"method '{label}': {why}" for why in _against_method(p, label))
-    for knob in ("allow_standin", "halves"):
-        for name in (name for name in getattr(p, knob) if name not in list(DATASETS)):
-            yield f"'{knob}' names {reprlib.repr(name)}; {nearest(name, DATASETS)}"
+    for knob, known in (("allow_standin", DATASETS), ("halves", DATASETS), ("pages", _PAGES)):
+        for name in (name for name in getattr(p, knob) if name not in list(known)):
+            yield f"'{knob}' names {reprlib.repr(name)}; {nearest(name, known)}"
     training = p.train_images - p.train_images // 10
     rules = {
         f"{[*p.rows.keys() & p.parts]} are in 'rows' and in 'parts'; a row has one place": p.rows.keys() & p.parts,
-        "the page beside others wants something to halve ('halves')": p.only_page in (0, 5) and not p.halves,
-        f"the page beside others wants '{ALONE}' in 'merged'": p.only_page in (0, 5) and ALONE not in p.merged,
+        "the page beside others wants something to halve ('halves')": p.has("05") and not p.halves,
+        f"the page beside others wants '{ALONE}' in 'merged'": p.has("05") and ALONE not in p.merged,
         f"'epoch_images' ({p.epoch_images}) is less than one batch ({p.batch_size})": p.epoch_images < p.batch_size,
-        f"'arch' {p.arch} has the page beside others alone ('only_page' 5)": p.arch == "resnet20" and p.only_page != 5,
+        f"'arch' {p.arch} has the page beside others alone ('pages')": p.arch == "resnet20" and {*p.pages} != {"05"},
         f"the name '{p.profile}' is taken, 'profile' needs another": p.profile.casefold() in _TAKEN,
         "'calibration_images' is more than nine tenths of 'train_images'": p.calibration_images > training,
     }
@@ -313,8 +318,7 @@ def check(values: Mapping, where: str) -> Params:
         ParamsError: unknown, missing, of the wrong type, or impossible.
     """
     p, recipes = _make(Params, values, where), _read("recipes")
-    made = {n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in _OF_ROWS}
-    p = replace(p, **made)
+    p = replace(p, **{n: {k: _row(k, v, recipes, where) for k, v in getattr(p, n).items()} for n in _OF_ROWS})
     if why := next(_against(p), None):
         raise ParamsError(f"{where}: {why}")
     return p
