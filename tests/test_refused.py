@@ -30,7 +30,7 @@ def test_wrong_parameters_stop_before_anything_runs(tree):
     [
         (["all", "--profile", "full"], "no GPU here"),
         (["all", "--profile", "published"], "make book PROFILE=published"),
-        (["all", "--profile", "literal"], "has some pages of the report alone: make notebooks PROFILE=literal"),
+        (["all", "--profile", "literal"], "is some pages, no report: make notebooks PROFILE=literal"),
         (["notebooks", "--profile", "literal", "--notebook", "02"], "begins with '02'; there are 01_mnist_cifar10"),
         (
             ["all", "--profile", "smoke", "--seeds", "two"],

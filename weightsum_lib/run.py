@@ -388,9 +388,7 @@ def main(argv: list[str] | None = None) -> int:
             knobs = {"data_dir": os.path.expanduser(given.data_dir), "device": given.device, "seeds": given.seeds}
             p = params.read(given.profile, {name: value for name, value in knobs.items() if value != ""})
             if p.pages and given.step in ("book", "all", "publish")[: 2 if p.profile in params.STANDING else 3]:
-                raise ParamsError(
-                    f"'{p.profile}' has some pages of the report alone: make notebooks PROFILE={p.profile}"
-                )
+                raise ParamsError(f"'{p.profile}' is some pages, no report: make notebooks PROFILE={p.profile}")
             folder = Path(p.results_dir) / p.profile
         if given.step in ("plan", "train"):
             train(p, only_plan=given.step == "plan")

@@ -55,6 +55,7 @@ def write_headline(folder: Path, target: Path) -> None:
     values["times"] = f"{len(runs)} runs took {train} minutes of one process to train, {test} to test, others beside it"
     alone = {path.stem: store.read_json(path) or {} for path in target.glob("*_[0-9][0-9].json")}
     values |= {f"{name}_notice": _run_notice(kept["provenance"]) for name, kept in alone.items() if kept}
+    values["larger"] = alone.get("day_04", {}).get("values", {}).get("finding", "")
     larger = _claims({name: alone.get(f"day_{name[:2]}", {}) for name in _NOTEBOOKS})
     tables["larger"] = larger[larger["n"] != "–"]
     content = {"notebook": "headline", "profile": last["params"]["profile"], "provenance": last, "values": values}
@@ -151,5 +152,5 @@ def readme_headline(published: Path) -> str:
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     figure = "![Test accuracy before and after the sum, a line a pair of networks](book/published/headline.png)"
     made_with = f"{values['run_notice']} {values['data_notice'].replace('on this page', 'here')}"
-    larger = f"With VGG16 and all training images: {store.read_json(published / 'day_04.json')['values']['finding']}"
+    larger = f"With VGG16 and all training images: {values['larger']}"
     return f"**{values['answer']}** {values['price']}\n\n{figure}\n\n{table}\n\n{larger}\n\n{made_with}\n"
