@@ -530,6 +530,7 @@ def test_examples_are_the_first_of_each_class_and_stand_ins_are_marked(datasets)
 
 
 def test_a_long_message_is_broken_into_lines_that_fit():
+    plots.use_style()  # of every page; another would have other letters
     figure = plots.curves({"joint ce": HISTORY}, "MNIST", "CIFAR-10", "word " * 40)
     figure.draw_without_rendering()
     assert figure._suptitle.get_window_extent().x1 <= figure.bbox.x1
