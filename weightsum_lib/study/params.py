@@ -84,6 +84,7 @@ class Method:
     third: str = _knob("reading of the third term", _one_of(*_THIRDS), "none")
     third_weight: float = _knob("factor on the third term", _above(0, 1000), 1.0)
     symmetric: bool = _knob("the sum must keep the support task too", _ANY, False)
+    mixed_batch: bool = _knob("the sum must solve both tasks on one batch of both", _ANY, False)
     symmetric_to: str = _knob("whom that term teaches", _one_of("both", "main"), "both")
     quiet: float = _knob("factor on how loudly each network answers the other's images", _from(0, 1000), 0.0)
     quiet_also: str = _knob("on what images of no task, too", _one_of(*_NO_TASK), "nothing")
@@ -271,6 +272,8 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
         "disjoint keys want room for two networks in the 'sum_width'": disjoint and 2 * network > total,
         "disjoint keys have no 'permuted_support'": disjoint and m.permuted_support,
         "'owner_statistics' wants disjoint keys: one owner a channel": m.owner_statistics and not disjoint,
+        "'mixed_batch' is a third term of its own: it wants 'third: none', not 'symmetric'": m.mixed_batch
+        and (m.third != "none" or m.symmetric),
         "'symmetric_to' wants 'symmetric: true'": m.symmetric_to != "both" and not m.symmetric,
         "'permuted_main' wants a 'permuted_support'": m.permuted_main and not m.permuted_support,
         "'superposed' wants no 'keys', no 'third' term and nothing 'pruned'": m.superposed

@@ -71,7 +71,7 @@ def work(config: RunConfig) -> float:
     if m.protocol == "joint":
         passes = 2 + 2 * bool(m.quiet or m.owner_statistics) + 2 * (m.quiet_also != "nothing")
         wide = min(2 * m.network_width, m.sum_width) if m.keys != "none" else m.network_width
-        of_sum = (1 + m.symmetric) * flop(config.width * wide) * (not m.owner_statistics)
+        of_sum = (1 + m.symmetric + m.mixed_batch) * flop(config.width * wide) * (not m.owner_statistics)
     own = passes * flop(config.width * m.network_width)
     return config.trained_epochs * config.epoch_images * (own + of_sum)
 

@@ -130,6 +130,14 @@ def term_quiet_also(step: _Step) -> Tensor:
     return step.config.method.quiet * sum(said)
 
 
+def term_mixed_batch(step: _Step) -> Tensor:
+    """The sum must solve both tasks on images of both in one batch: one set of statistics, as it has after training."""
+    images, labels = zip(*step.batches.values(), strict=True)
+    logits = step.total(torch.cat(images)).float().split([len(x) for x in images])
+    smoothing = step.config.method.label_smoothing
+    return sum(F.cross_entropy(z, y, label_smoothing=smoothing) for z, y in zip(logits, labels, strict=True))
+
+
 def of_no_task(kind: str, x: Tensor, other: Tensor) -> Tensor:
     """Network input that shows nothing, drawn from PyTorch's own stream.
 
