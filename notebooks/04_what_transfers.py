@@ -64,7 +64,8 @@ lines = {
     plainly: measure.curve(study, [ALONE], BOTH, SHARES[1:]),
     f"{plainly}, scale centred": measure.curve(study, [ALONE], BOTH, SHARES[1:], how="centered"),
     "the recipe, state dicts added": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="summed", draws=3),
-    "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[2:], policy="union", draws=3),
+    "the recipe, policy union": measure.curve(study, [RANDOM], BOTH, SHARES[1:], policy="union", draws=3),
+    "the recipe, policy per_task": measure.curve(study, [RANDOM], BOTH, SHARES[1:], policy="per_task", draws=3),
 }
 wide = tables.wide(pd.concat([frame.assign(line=line) for line, frame in lines.items()]))
 curves = tables.summarize(wide, ["line", "share", "tested"])
@@ -80,17 +81,20 @@ Markdown(f"**The finding.** {finding}\n\n{tables.data_notice(study.describe_data
 # ## How dense may keys be?
 #
 # MNIST + SVHN, never trained together and not trained after the sum. The networks are the same along a line: a key is a
-# property of the sum, so one pair gives the whole curve. Means over draws of the keys (the recipe
-# and networks trained plainly, centred or not: all that the profile has, the other lines at most three), then over seeds. *Kept* is the accuracy of the sum over that of the network
-# alone.
+# property of the sum, so one pair gives the whole curve. Means over draws of the keys (the recipe and networks trained
+# plainly, centred or not: all that the profile has, the other lines at most three), then over seeds. *Kept* is the
+# accuracy of the sum over that of the network alone.
 #
 # At the sparse end two keys hardly meet (a table below has the expected number of shared channels). There the sum of
 # the weights is nearly the ensemble of the logits, with the recipe or without; what is lost there, under the statistics
 # of each channel's owner, is lost to loud answers on the other's images. At the dense end a network has to live with
 # the other in its channels as well. *Policy union*: batch-norm statistics from all images, whoever owns a channel;
-# *state dicts added*: from none, beside networks as they were trained. *Scale centred*: before the sum each scale of
-# the batch norm is written as its deviation from 1, which changes no network, but the sum where two share a channel;
-# the recipe's are written so from the start. In layers of fewer than 64 channels a network has a smaller share than k.
+# *state dicts added*: from none, beside networks as they were trained. *Policy per_task*: from the tested task's images
+# alone, for every channel. That presumes to know which task an image is of, so it is no way to add networks; but it
+# tells apart what is lost to the weights and what to statistics that two kinds of images have to share. *Scale
+# centred*: before the sum each scale of the batch norm is written as its deviation from 1, which changes no network,
+# but the sum where two share a channel; the recipe's are written so from the start. In layers of fewer than 64 channels
+# a network has a smaller share than k.
 
 # %% tags=["hide-input"] mystnb={"image": {"alt": "Two panels, MNIST and SVHN: what the sum of two networks keeps, in percent, against the share k of the sum's channels that each network uses, one line for the recipe, for the recipe with equal room in all layers, with other batch-norm statistics, and for networks that were trained plainly. The table below holds the numbers."}}
 at_headline = findings.of_each(kept[recipe, HEADLINE])
@@ -167,7 +171,9 @@ plots.by_draw(of_draws, message)
 # is called by; summed as the recipe is, at k = ⅛ and at ¼, where it hurts, on validation images, with seeds for choices
 # alone where the profile has such (`choice_seeds`). Differences are paired by seed. One whose interval holds 0 is
 # undecided, and where n is 1 it is a hint, no more. Of so many differences one in twenty lies beside 0 by chance alone:
-# trust what does so in more than one cell. No row leaves out the loss on the sum alone ([Beside
+# trust what does so in more than one cell. `mixed batch` sends both tasks' images through the sum in one batch, so that
+# in training it has one set of batch-norm statistics, as afterwards; in the other rows each task's images go through by
+# themselves, under their own. No row leaves out the loss on the sum alone ([Beside
 # others](05_beside_others) has such networks, `quiet alone`, in profiles that have them: compare what their sum under
 # random keys loses against their ensemble), or the scale that is stored as a deviation from 1, which the curve above
 # shows for networks that were trained plainly.

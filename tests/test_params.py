@@ -193,6 +193,8 @@ def test_a_row_is_held_against_networks_of_its_own_size():
         ({"parts": {"x": {**KEYED, "keys": "disjoint", "permuted_support": 0.5}}}, r"disjoint keys have no 'permuted_"),
         ({"parts": {"x": {**KEYED, "keys": "disjoint", "sum_width": 0.4}}}, r"disjoint keys want room for two"),
         ({"parts": {"x": {**KEYED, "keys": "random", "owner_statistics": True}}}, r"'owner_statistics' wants disjoint"),
+        ({"parts": {"x": {"protocol": "joint", "third": "ce", "mixed_batch": True}}}, r"'mixed_batch' is a third term of its own"),
+        ({"parts": {"x": {"protocol": "joint", "symmetric": True, "mixed_batch": True}}}, r"it wants 'third: none', not"),
         ({"parts": {"x": {"protocol": "joint", "symmetric_to": "main"}}}, r"'symmetric_to' wants 'symmetric: true'"),
         ({"parts": {"x": {"protocol": "joint", "permuted_main": True}}}, r"'permuted_main' wants a 'permuted_support'"),
         ({"parts": {"x": {"protocol": "joint", "third": "ce", "superposed": True}}}, r"'superposed' wants no 'keys', no 'third' term"),

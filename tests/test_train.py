@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightsum_lib import Method, RunConfig, WeightSum, compact, compare_layers, normalize
+from weightsum_lib import Method, RunConfig, WeightSum, compact, compare_layers, normalize, recalibrate
 from weightsum_lib.study import train as train_module
 from weightsum_lib.study.train import augment, build, train
 
@@ -117,6 +117,7 @@ RANDOM, DISPAIR = having(KEYED, keys="random", permuted_support=0.8), having(KEY
         (PAIR, {"quiet": 1.0}),
         (PAIR, {"third_weight": 0.5}),
         (RANDOM, {"centered_scale": False}),
+        (RANDOM, {"third": "none", "symmetric": False, "mixed_batch": True}),
         (DISPAIR, {"owner_statistics": True}),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
@@ -226,6 +227,26 @@ def test_the_symmetric_term_for_main_only_teaches_the_support_network_nothing(da
 
 class Stop(Exception):
     pass
+
+
+def test_in_a_mixed_batch_the_sum_solves_both_tasks_under_the_statistics_of_both(datasets):
+    """It is the symmetric third term of a sum whose batch norm sees both tasks' images at once."""
+    config = having(RANDOM, third="none", symmetric=False, mixed_batch=True, dropout=0.0)
+    networks = {role: build(config, role).train() for role in config.roles}
+    total = WeightSum(list(networks.values()), keys=compact(train_module._Keys(config).own))
+    given = {r: next(train_module.batches(config, r, datasets[n], 0, 1)) for r, n in config.roles.items()}
+    (x, y), (x_support, y_support) = given.values()
+    norm = total.body.features.bn1_1
+    norm.momentum = 1.0
+    assert train_module.term_mixed_batch in train_module.hooks(config.method)["term"]
+    loss = train_module.term_mixed_batch(train_module._Step(config, networks, total, given, 1.0))
+    mean, variance = norm.running_mean.clone(), norm.running_var.clone()
+    recalibrate(total, torch.cat([x, x_support]))
+    torch.testing.assert_close(mean, norm.running_mean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(variance, norm.running_var, rtol=1e-4, atol=1e-4)
+    logits = total.train()(torch.cat([x, x_support]))
+    each = [torch.nn.functional.cross_entropy(z, t) for z, t in zip(logits.split(len(x)), (y, y_support), strict=True)]
+    torch.testing.assert_close(loss, sum(each))
 
 
 def test_under_owner_statistics_the_sum_in_training_is_the_plain_sum_of_the_state_dicts(datasets):
