@@ -182,6 +182,7 @@ plots.by_draw(of_draws, message)
 compared = [RANDOM, ALONE, *p.parts_with("random")]
 of_parts = tables.wide(measure.curve(study, compared, BOTH, (HEADLINE, 1 / 4), **choosing))
 at = {k: tables.against(of_parts.xs(k, level="share"), RANDOM, ["before", "kept"]) for k in (HEADLINE, 1 / 4)}
+parts = pd.concat([found.assign(share=k) for k, found in at.items()])
 worth = at[HEADLINE][["before", "n"]]
 for k, found in at.items():
     worth[f"kept at {tables.fraction(k)} (%)"] = found["kept"]
@@ -318,7 +319,7 @@ tables.save(
         "loudness": loud_table,
         "price": price_table,
     },
-    intervals={**tables.intervals_of(curves), **tables.intervals_of(of_three), **tables.intervals_of(price)},
+    intervals={k: cell for found in (curves, parts, of_three, price) for k, cell in tables.intervals_of(found).items()},
     rows=wide,
 )
 Markdown(finding)
