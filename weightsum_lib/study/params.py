@@ -272,8 +272,7 @@ def _against_method(p: Params, label: str) -> Iterator[str]:
         "disjoint keys want room for two networks in the 'sum_width'": disjoint and 2 * network > total,
         "disjoint keys have no 'permuted_support'": disjoint and m.permuted_support,
         "'owner_statistics' wants disjoint keys: one owner a channel": m.owner_statistics and not disjoint,
-        "'mixed_batch' is a third term of its own: it wants 'third: none', not 'symmetric'": m.mixed_batch
-        and (m.third != "none" or m.symmetric),
+        "'mixed_batch' wants 'third: none', not 'symmetric'": m.mixed_batch and (m.third != "none" or m.symmetric),
         "'symmetric_to' wants 'symmetric: true'": m.symmetric_to != "both" and not m.symmetric,
         "'permuted_main' wants a 'permuted_support'": m.permuted_main and not m.permuted_support,
         "'superposed' wants no 'keys', no 'third' term and nothing 'pruned'": m.superposed
